@@ -1,0 +1,5 @@
+"""`python -m ckpt_sidecar` is the same as `ckpt-sidecar`."""
+
+from ckpt_sidecar.cli import main
+
+main()
