@@ -139,7 +139,7 @@ def state_name(state: State) -> str:
     return type(state).__name__.lower()
 
 
-class IllegalMove(Exception):  # noqa: N818  (it is a bug, and named as what it is)
+class IllegalMove(Exception):
     """A checkpoint was to go from one state to another that the life cycle does not allow."""
 
 

@@ -1,0 +1,97 @@
+"""What next: the order of uploads, what is not sent, what may go, and how long to wait. Plain functions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckpt_sidecar.checkpoint import Checkpoint, Id, Pinned, Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Make this checkpoint durable now."""
+
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Supersede:
+    """Do not send this one: `by` is a newer save of the same name. An upload that had begun is aborted."""
+
+    checkpoint: Checkpoint
+    by: Id
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Do not send this one, by policy."""
+
+    checkpoint: Checkpoint
+    because: str
+
+
+Step = Upload | Supersede | Skip
+
+
+def next_step(
+    waiting: Iterable[Checkpoint],
+    *,
+    busy: Collection[str],
+    resting: Mapping[Id, float],
+    now: float,
+    keep_remote: int = 0,
+    durable: Sequence[Id] = (),
+) -> Step | None:
+    """Say what a free worker should do next, or None when there is nothing to do now.
+
+    Newest first; older ones backfill. One upload at a time for each name: names in `busy` are being worked
+    on. `resting` holds, by id, until when (seconds, monotonic) one that failed is left alone. With
+    `keep_remote` a checkpoint that retention would delete as soon as it is committed is not sent at all:
+    `durable` are the ids that the manifest lists.
+    """
+    free = sorted((each for each in waiting if each.name not in busy), key=lambda each: each.id, reverse=True)
+    newest_of: dict[str, Checkpoint] = {}
+    for each in free:
+        newer = newest_of.setdefault(each.name, each)
+        if newer is not each:
+            return Supersede(each, newer.id)
+        if keep_remote and isinstance(each.state, Pinned) and _beyond(each.id, keep_remote, durable):
+            return Skip(each, f"{keep_remote} newer ones are durable, and no more are kept")
+    ready = (each for each in free if resting.get(each.id, now) <= now)
+    return next((Upload(each) for each in ready), None)
+
+
+def _beyond(id_: Id, keep: int, durable: Sequence[Id]) -> bool:
+    return sum(other > id_ for other in durable) >= keep
+
+
+def drain_order(waiting: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """What is on its way, in the order in which a drain sends it: what is stored first, then newest first.
+
+    A stored one costs one swap and is then safe.
+    """
+    return sorted(waiting, key=lambda each: (isinstance(each.state, Stored), each.id), reverse=True)
+
+
+def expired_local(names_by_id: Mapping[Id, str], *, keep: int, newest: Id | None) -> list[Id]:
+    """Return the ids of durable local files beyond the newest `keep`, oldest first; never `newest`.
+
+    `keep` 0 keeps all.
+    """
+    if keep == 0:
+        return []
+    ordered = sorted(names_by_id, reverse=True)
+    return [each for each in reversed(ordered[keep:]) if each != newest]
+
+
+def retry_delay(
+    tries: int, *, chance: float, asked: float = 0.0, base: float = 0.2, cap: float = 30.0
+) -> float:
+    """Return how many seconds to wait before the next try: exponential with full jitter.
+
+    `tries` counts those that failed (from 1), `chance` is uniform in [0, 1), `asked` is the store's
+    Retry-After, the least that is waited (at most ten times the cap).
+    """
+    ceiling = min(cap, base * 2.0 ** min(tries, 30))
+    return max(min(asked, 10 * cap), ceiling * chance)
