@@ -359,6 +359,14 @@ class Adopted:
 
 
 @dataclass(frozen=True, slots=True)
+class Replacing:
+    """At a checkpoint's key stands an object that is not ours: it is replaced."""
+
+    name: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class UploadAborted:
     """A multipart upload that nobody will resume was thrown away."""
 
@@ -454,6 +462,7 @@ Event = (
     | Claimed
     | Fenced
     | Adopted
+    | Replacing
     | UploadAborted
     | Rebuilt
     | Restored

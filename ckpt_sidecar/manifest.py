@@ -117,9 +117,9 @@ Change = Callable[[Manifest], Manifest]
 # --- changes -----------------------------------------------------------------------------------------
 
 
-def claimed(manifest: Manifest, holder: Holder) -> Manifest:
-    """The next generation, held by `holder`."""
-    return replace(manifest, generation=manifest.generation + 1, holder=holder)
+def claimed(manifest: Manifest, holder: Holder, *, at_least: int = 0) -> Manifest:
+    """The next generation, held by `holder`, and greater than `at_least`."""
+    return replace(manifest, generation=max(manifest.generation, at_least) + 1, holder=holder)
 
 
 def committed(manifest: Manifest, entry: Entry, *, history: int = HISTORY) -> Manifest:

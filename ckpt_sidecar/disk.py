@@ -1,0 +1,79 @@
+"""The dozen calls through which the local file system is changed, in one replaceable class.
+
+Tests put a `Disk` in its place that counts the calls, and fails or kills at the k-th.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+class Disk:
+    """The real file system. Every call may raise OSError; none leaves half of its work under a final name."""
+
+    def make_dir(self, path: Path) -> None:
+        """Make the directory and its parents, for us alone; one that is there is left as it is."""
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Make a hard link, never to what a symlink points to; FileExistsError when the target is there."""
+        os.link(source, target, follow_symlinks=False)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move within one file system, atomically, in place of a file that is there."""
+        source.rename(target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file; one that is gone is fine."""
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a directory and all in it; one that is gone is fine."""
+        shutil.rmtree(path, ignore_errors=not path.exists())
+
+    def sync_dir(self, path: Path) -> None:
+        """Make the directory's entries durable."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
+        """Put `data` at `path`, atomically: a reader or a crash finds the old bytes or the new ones."""
+        temporary = path.with_name(f"{path.name}.tmp")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        temporary.rename(path)
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Add `data` at the end of the file."""
+        with path.open("ab") as file:
+            file.write(data)
+
+    def create(self, path: Path, size: int) -> int:
+        """Make a new file with room for `size` bytes; return its descriptor. OSError(ENOSPC) when too big."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        if size:
+            os.posix_fallocate(descriptor, 0, size)
+        return descriptor
+
+    def write_at(self, descriptor: int, offset: int, view: memoryview) -> None:
+        """Write all of `view` at `offset`."""
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+    def finish(self, descriptor: int, mtime_ns: int) -> None:
+        """Make the file's bytes durable and set its time of modification."""
+        os.utime(descriptor, ns=(mtime_ns, mtime_ns))
+        os.fsync(descriptor)
+
+    def free_bytes(self, path: Path) -> int:
+        """Bytes that we may still write on the file system of `path`."""
+        return shutil.disk_usage(path).free

@@ -1,0 +1,322 @@
+"""The keeper of `latest.json`: claims the prefix, swaps, and finds out what became of a swap.
+
+How it can go wrong, and what is done:
+- the answer to a swap is lost, or its retry meets its own echo: read back; the `write` token tells;
+- another sidecar has claimed since: `FencedOff`, and nothing is written any more;
+- somebody deleted, mangled or replaced the manifest by an older copy: what we last saw is put back, loudly;
+- many workers commit at once: what waits travels in one swap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from ckpt_sidecar.bucket import Absent, Bucket, Conflict, Missing, Unchanged, Unreachable, Upload
+from ckpt_sidecar.checkpoint import Adopted, Claimed, Event, Fenced, Rebuilt, UploadAborted
+from ckpt_sidecar.manifest import (
+    HISTORY,
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Announced,
+    Change,
+    Entry,
+    Expiring,
+    Holder,
+    Mangled,
+    Manifest,
+    announced,
+    claimed,
+    committed,
+    deleted,
+    described,
+    dump,
+    expired,
+    forgotten,
+    parse,
+)
+from ckpt_sidecar.policy import retry_delay
+
+SWAP_TRIES = 20  # a foreign writer that beats us twenty times in a row is said, not fought
+
+
+class FencedOff(Exception):
+    """Another sidecar holds the prefix: `generation` is its, `holder` says where it runs."""
+
+    def __init__(self, generation: int, holder: str) -> None:
+        super().__init__(
+            f"generation {generation} is held by {holder}: this sidecar writes to the bucket no more "
+            "(stop the other and start this one with --take-over to have the prefix back)"
+        )
+        self.generation = generation
+        self.holder = holder
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """One change that waits for a swap."""
+
+    change: Change
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a read found: no manifest when it is absent (no etag either) or mangled; `flaw` says how."""
+
+    manifest: Manifest | None
+    etag: str | None
+    flaw: str
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Where time and chance come from: `wall` in ns since the epoch, `chance` uniform in [0, 1)."""
+
+    wall: Callable[[], int]
+    sleep: Callable[[float], Awaitable[None]]
+    chance: Callable[[], float]
+    token: Callable[[], str]
+
+
+class Ledger:
+    """One prefix's manifest. `manifest` is the newest that we have seen or written."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        *,
+        prefix: str,
+        times: Times,
+        tell: Callable[[Event], None],
+        history: int = HISTORY,
+    ) -> None:
+        self.manifest = Manifest()
+        self.generation = 0  # ours; 0 before the claim
+        self._bucket = bucket
+        self._prefix = prefix
+        self._key = prefix + MANIFEST_NAME
+        self._times = times
+        self._tell = tell
+        self._history = history
+        self._etag: str | None = None
+        self._holder: Holder | None = None
+        self._lock = asyncio.Lock()
+        self._pending: list[_Turn] = []
+
+    # --- reading ---
+
+    async def _read(self) -> _Seen:
+        """What stands in the bucket. Raises UnknownSchema, and what the bucket raises."""
+        try:
+            raw, ref = await self._bucket.get(self._key, limit=MAX_MANIFEST_BYTES)
+        except Missing as error:
+            if error.reason != "key":
+                raise
+            return _Seen(None, None, "it is not there")
+        try:
+            return _Seen(parse(raw, prefix=self._prefix), ref.etag, "")
+        except Mangled as error:
+            return _Seen(None, ref.etag, str(error))
+
+    async def load(self) -> Manifest:
+        """Read the manifest, or make it anew from the objects where it is absent or mangled."""
+        seen = await self._read()
+        self._etag = seen.etag
+        self.manifest = seen.manifest or await self._rebuild(seen)
+        return self.manifest
+
+    async def _rebuild(self, seen: _Seen) -> Manifest:
+        entries = await self._entries_from_objects()
+        made = Manifest(generation=max((each.id.generation for each in entries), default=0))
+        for entry in sorted(entries, key=lambda each: each.id):
+            made = committed(made, entry, history=self._history)
+        if entries or seen.etag is not None:
+            self._tell(Rebuilt(len(entries), seen.flaw))
+        return made
+
+    async def _entries_from_objects(self) -> list[Entry]:
+        """Every object under the prefix that describes itself as a checkpoint of ours."""
+        entries = []
+        now = self._times.wall()
+        async for listed in self._bucket.list(self._prefix):
+            ref = await self._bucket.head(listed.key)
+            entry = described(ref, ref.key.removeprefix(self._prefix), now) if ref is not None else None
+            if entry is not None:
+                entries.append(entry)
+        return entries
+
+    # --- the swap ---
+
+    async def swap(self, change: Change) -> Manifest:
+        """Apply the change to the manifest in the bucket; what waits meanwhile travels together.
+
+        Raises FencedOff; Conflict after too many; what the bucket raises, and then it is not known whether
+        it was written: the change may be asked for again.
+        """
+        turn = _Turn(change)
+        self._pending.append(turn)
+        async with self._lock:
+            if not turn.done:
+                batch, self._pending = self._pending, []
+                try:
+                    await self._swap_all(batch)
+                except BaseException:
+                    self._pending = [each for each in batch if each is not turn] + self._pending
+                    raise
+        return self.manifest
+
+    async def _swap_all(self, batch: list[_Turn]) -> None:
+        for tries in range(1, SWAP_TRIES + 1):
+            self._check_fence()
+            if await self._write(batch):
+                for each in batch:
+                    each.done = True
+                return
+            await self._times.sleep(retry_delay(tries, chance=self._times.chance(), cap=1.0))
+        raise self._beaten()
+
+    def _beaten(self) -> Conflict:
+        return Conflict(
+            f"{self._key} was changed by somebody else {SWAP_TRIES} times in a row",
+            hint="find the other writer of this prefix",
+        )
+
+    async def _write(self, batch: list[_Turn]) -> bool:
+        """One compare-and-swap; True when it is known to stand in the bucket."""
+        token = self._times.token()
+        new = self.manifest
+        for each in batch:
+            new = each.change(new)
+        new = replace(new, write=token, updated_at=self._times.wall())
+        when = Absent() if self._etag is None else Unchanged(self._etag)
+        body = dump(new, bucket=self._bucket.name)
+        try:
+            ref = await self._bucket.put(self._key, body, when=when, metadata={})
+        except (Conflict, Unreachable):
+            return await self._look(token)
+        self.manifest, self._etag = new, ref.etag
+        return True
+
+    async def _look(self, token: str) -> bool:
+        """What became of our swap: read back, bring our view up to date, and say whether it won."""
+        seen = await self._read()
+        self._etag = seen.etag
+        if seen.manifest is None or self._went_back(seen.manifest):
+            # What we saw last is put back by the next try.
+            flaw = seen.flaw or "it was replaced by an older copy"
+            self._tell(Rebuilt(len(self.manifest.checkpoints), flaw))
+            return False
+        self.manifest = seen.manifest
+        return seen.manifest.write == token
+
+    def _went_back(self, found: Manifest) -> bool:
+        """Is what stands in the bucket older than what we saw there before?"""
+        if (found.generation, found.holder) == (self.manifest.generation, self.manifest.holder):
+            ours, theirs = self.manifest.newest, found.newest
+            return ours is not None and (theirs is None or theirs.id < ours.id)
+        return found.generation < self.manifest.generation
+
+    def _check_fence(self) -> None:
+        seen = self.manifest
+        ours = seen.generation < self.generation or seen.holder == self._holder
+        if self._holder is not None and not ours:
+            self._fence()
+
+    def _fence(self) -> None:
+        holder = self.manifest.holder
+        who = f"{holder.host} pid {holder.pid} (attempt {holder.attempt})" if holder else "an unknown holder"
+        self._tell(Fenced(self.manifest.generation, who))
+        raise FencedOff(self.manifest.generation, who)
+
+    # --- claiming ---
+
+    async def claim(
+        self, holder: Holder, *, claimed_in: str = "", at_least: int = 0, take_over: bool = False
+    ) -> int:
+        """Take the next generation, greater than `at_least`; return it.
+
+        `claimed_in` is the attempt in which this spool has claimed before, "" for never. Raises FencedOff
+        when another has claimed since in this same attempt (rule 3), unless a person says `take_over`.
+        """
+        await self.load()
+        for tries in range(1, SWAP_TRIES + 1):
+            other = self.manifest.holder
+            displaced = claimed_in == holder.attempt and other is not None and other.spool != holder.spool
+            if displaced and not take_over:
+                self._fence()
+            if await self._write([_Turn(lambda seen: claimed(seen, holder, at_least=at_least))]):
+                break
+            await self._times.sleep(retry_delay(tries, chance=self._times.chance(), cap=1.0))
+        else:
+            raise self._beaten()
+        self.generation, self._holder = self.manifest.generation, holder
+        self._tell(Claimed(self.generation, other.host if other else None))
+        return self.generation
+
+    # --- what others left (rule 5) ---
+
+    async def settle_predecessors(self, spool: str) -> None:
+        """Deal with every announced upload that is not this spool's: abort it, or adopt what it became."""
+        for upload in [each for each in self.manifest.uploads if each.spool != spool]:
+            adopted = None
+            try:
+                await self._bucket.abort_multipart(Upload(upload.key, upload.upload_id))
+                self._tell(UploadAborted(upload.name, upload.upload_id))
+            except Missing:
+                adopted = await self._completed(upload)
+            await self._settled(upload, adopted)
+
+    async def _completed(self, upload: Announced) -> Entry | None:
+        """The entry of the object that the upload became, if it was completed."""
+        ref = await self._bucket.head(upload.key)
+        entry = described(ref, upload.name, self._times.wall()) if ref is not None else None
+        return entry if entry is not None and entry.id == upload.id else None
+
+    async def _settled(self, upload: Announced, adopted: Entry | None) -> None:
+        def change(seen: Manifest) -> Manifest:
+            seen = forgotten(seen, {upload.upload_id})
+            return seen if adopted is None else committed(seen, adopted, history=self._history)
+
+        await self.swap(change)
+        if adopted is not None:
+            self._tell(Adopted(adopted.id, adopted.name))
+
+    # --- a checkpoint's two entries ---
+
+    async def announce(self, upload: Announced) -> None:
+        """Enter a multipart upload; only once this returns may it be completed."""
+        await self.swap(lambda seen: announced(seen, upload))
+
+    async def forget(self, upload_id: str) -> None:
+        """Take out an upload that was aborted, or that is gone; nothing is written when it is not there."""
+        if any(each.upload_id == upload_id for each in self.manifest.uploads):
+            await self.swap(lambda seen: forgotten(seen, {upload_id}))
+
+    async def commit(self, entry: Entry) -> None:
+        """Enter the checkpoint: when this returns it is durable."""
+        await self.swap(lambda seen: committed(seen, entry, history=self._history))
+
+    # --- retention (rule 9) ---
+
+    async def expire(self, keep: int, *, spare: Callable[[str], bool]) -> list[Expiring]:
+        """Let all but the newest `keep` checkpoints go; delete their objects, but not where `spare(key)`.
+
+        `spare` says that a newer save of that key is under way. Returns what was deleted. A key that holds
+        another object by now is left alone.
+        """
+        if len(self.manifest.checkpoints) > keep:
+            await self.swap(lambda seen: expired(seen, keep))
+        gone = [each for each in self.manifest.expiring if not spare(each.key)]
+        for each in gone:
+            await self._delete(each)
+        if gone:
+            await self.swap(lambda seen: deleted(seen, gone))
+        return gone
+
+    async def _delete(self, each: Expiring) -> None:
+        try:
+            await self._bucket.delete(each.key, when=Unchanged(each.etag), version_id=each.version_id)
+        except (Missing, Conflict):
+            return  # gone already, or a newer save stands there

@@ -1,0 +1,582 @@
+"""The durable queue on the trainer's own disk: what is held, and what the sidecar must remember of itself.
+
+    <watch>/.ckpt-sidecar/
+        spool.json             who we are: a random id, the attempt, the generation last claimed, the counter
+        lock                   held while a sidecar serves this directory
+        caught/<n>/<name>      a hard link taken at the first hint, before it is known to be whole
+        pins/<id>/<name>       the same link, once it is a checkpoint: renamed in one step, directory and all
+        pins/<id>.json         its journal entry: what a restart needs besides the pin
+        known.jsonl            files that are durable, so that they are not taken up again
+        incoming/              restores under way
+        aside/                 torn files that stood where a restored one belongs
+
+The pin alone says id, name, size and time: an entry that is missing or torn costs nothing but a look into
+the bucket. What cannot be held by a link is held by an open descriptor, which a crash would lose.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ckpt_sidecar.bucket import crc64
+from ckpt_sidecar.checkpoint import (
+    Caught,
+    Checkpoint,
+    File,
+    Id,
+    Pinned,
+    State,
+    Uploading,
+    flaw_of_name,
+)
+from ckpt_sidecar.disk import Disk
+
+HOME = ".ckpt-sidecar"
+RESERVE = 1000  # ids taken from the record at a time: one durable write for a thousand checkpoints
+KNOWN_SLACK = 1000  # names of files that are gone may pile up to this many before they are looked for
+
+
+class SpoolError(Exception):
+    """The spool or the watch dir cannot be used; the message names it, the cause and the mend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the spool knows of itself. `generation` 0: it has never claimed. `counter`: ids reserved so far."""
+
+    spool: str
+    attempt: str = ""
+    generation: int = 0
+    counter: int = 0
+    address: str = ""
+    pid: int = 0
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What a restart finds: checkpoints on their way, files not yet judged, what is broken."""
+
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    caught: list[Caught] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+
+
+class BytesChanged(Exception):
+    """The pinned file is not as it was when it was pinned: somebody writes it in place."""
+
+
+class PinnedFile:
+    """The open bytes of a pin: a `bucket.Source` that never hands out bytes of a file that has changed."""
+
+    def __init__(self, descriptor: int, file: File) -> None:
+        self._descriptor = descriptor
+        self._file = file
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        """Fill `view` from `offset`; return how many bytes there were. BytesChanged: they are not those."""
+        got = 0
+        while got < len(view):
+            n = os.preadv(self._descriptor, [view[got:]], offset + got)
+            if n == 0:
+                break
+            got += n
+        self.check()
+        return got
+
+    def check(self) -> None:
+        """Raise BytesChanged unless the inode is as it was when it was pinned."""
+        now = _file(self._file.name, os.fstat(self._descriptor))
+        if now != self._file:
+            raise BytesChanged(
+                f"{now.name}: pinned with {self._file.size} bytes, now {now.size}; or rewritten"
+            )
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._descriptor)
+
+
+class Incoming:
+    """A restore under way: a preallocated file out of the trainer's sight; a `bucket.Sink`."""
+
+    def __init__(self, spool: Spool, path: Path, descriptor: int) -> None:
+        self._spool = spool
+        self._descriptor = descriptor
+        self.path = path
+
+    def write_at(self, offset: int, view: memoryview) -> None:
+        """Write all of `view` at `offset`."""
+        self._spool.disk.write_at(self._descriptor, offset, view)
+
+    def open(self) -> BinaryIO:
+        """What has arrived, for a look at its format."""
+        return self.path.open("rb")
+
+    def place(self, name: str, mtime_ns: int) -> File:
+        """Put the file under its final name, whole and durable; FileExistsError when one stands there."""
+        disk, target = self._spool.disk, self._spool.root / name
+        disk.finish(self._descriptor, mtime_ns)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            disk.link(self.path, target)
+            disk.unlink(self.path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if os.path.lexists(target):
+                raise FileExistsError(target) from None
+            disk.rename(self.path, target)
+        disk.sync_dir(target.parent)
+        return _file(name, target.stat())
+
+    def close(self) -> None:
+        """Give the descriptor back, and the room where nothing was placed."""
+        os.close(self._descriptor)
+        self._spool.disk.unlink(self.path)
+
+
+def _file(name: str, status: os.stat_result) -> File:
+    return File(name, status.st_size, status.st_mtime_ns)
+
+
+class Spool:
+    """One watch dir's spool. Blocking calls: the event loop uses it through threads, `catch` from any."""
+
+    def __init__(self, root: Path, *, home: Path | None = None, disk: Disk | None = None) -> None:
+        self.root = root
+        self.home = home or root / HOME
+        self.disk = disk or Disk()
+        self.record = Record(spool="")
+        self._caught = self.home / "caught"
+        self._pins = self.home / "pins"
+        self._incoming = root / HOME / "incoming"  # on the watch dir's file system, wherever the spool is
+        self._lock_file: BinaryIO | None = None
+        self._mutex = threading.Lock()
+        self._numbers = count()
+        self._sequence = 0
+        self._held: dict[tuple[tuple[int, int], str], int] = {}
+        self._pinned_descriptors: dict[Id, int] = {}
+        self._known: dict[str, tuple[int, int]] = {}
+        self._known_limit = KNOWN_SLACK
+
+    # --- opening ---
+
+    def open(self, *, new_id: str) -> list[str]:
+        """Make or take up the spool and lock it; return what was found broken, in words.
+
+        `new_id` names a spool that is made new. Raises SpoolError when the directory cannot be used.
+        """
+        try:
+            self._open_dirs()
+        except OSError as error:
+            raise SpoolError(
+                f"cannot write into the watch dir: {error.strerror}: {error.filename} "
+                "(run the sidecar as the trainer's user, with the directory writable for it)"
+            ) from error
+        self._lock()
+        self._clear_incoming()
+        complaints = self._read_record(new_id)
+        self._read_known()
+        return complaints
+
+    def _open_dirs(self) -> None:
+        if not self.root.exists():
+            if not self.root.parent.is_dir():
+                raise SpoolError(f"no such directory: {self.root.parent} (make it, or mend --watch)")
+            self.root.mkdir()
+        if not self.root.is_dir():
+            raise SpoolError(f"not a directory: {self.root} (--watch takes the checkpoint directory)")
+        for path in (self.home, self._caught, self._pins, self._incoming):
+            self.disk.make_dir(path)
+        status = self.home.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise SpoolError(f"{self.home} belongs to another user (run as its owner, or remove it)")
+        self.home.chmod(0o700)
+
+    def _lock(self) -> None:
+        self._lock_file = (self.home / "lock").open("wb")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SpoolError(
+                f"another ckpt-sidecar serves {self.root} (pid {_read_pid(self.home)}): stop it first"
+            ) from None
+
+    def _clear_incoming(self) -> None:
+        for path in self._incoming.iterdir():
+            self.disk.unlink(path)
+
+    def _read_record(self, new_id: str) -> list[str]:
+        complaints = []
+        try:
+            data = json.loads((self.home / "spool.json").read_bytes())
+            self.record = Record(**{name: data[name] for name in asdict(Record("")) if name in data})
+        except FileNotFoundError:
+            self.record = Record(spool=new_id)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            complaints.append(f"spool.json cannot be read, a new one is made: {error}")
+            self.record = Record(spool=new_id)
+        ids = [id_ for id_, _ in self._pin_dirs()]
+        generation = max([self.record.generation, *(each.generation for each in ids)])
+        self._sequence = max([self.record.counter, *(each.sequence for each in ids)])
+        self._save(generation=generation, counter=self._sequence)
+        return complaints
+
+    def close(self) -> None:
+        """Unlock the spool and give every descriptor back; what is held on the disk stays."""
+        for descriptor in [*self._held.values(), *self._pinned_descriptors.values()]:
+            os.close(descriptor)
+        self._held.clear()
+        self._pinned_descriptors.clear()
+        if self._lock_file is not None:
+            self._lock_file.close()
+
+    # --- the record ---
+
+    def _save(self, **changes: Any) -> None:
+        self.record = replace(self.record, **changes)
+        data = json.dumps({"schema": 1} | asdict(self.record)).encode()
+        self.disk.write_file(self.home / "spool.json", data, sync=True)
+        self.disk.sync_dir(self.home)
+
+    def claimed(self, *, generation: int, attempt: str) -> None:
+        """Note the claim that has succeeded."""
+        self._save(generation=generation, attempt=attempt)
+
+    def serving(self, *, address: str, pid: int) -> None:
+        """Note where this sidecar answers, for `status` and the trainer's helpers."""
+        self._save(address=address, pid=pid)
+
+    def _next_id(self) -> Id:
+        self._sequence += 1
+        if self._sequence > self.record.counter:
+            self._save(counter=self._sequence + RESERVE)
+        return Id(self.record.generation, self._sequence)
+
+    # --- catching: from the first hint to the verdict ---
+
+    def catch(self, name: str) -> Caught | None:
+        """Hold the regular file that stands at `name`; None when there is none. Idempotent; any thread."""
+        path = self.root / name
+        try:
+            if not stat.S_ISREG(path.lstat().st_mode):
+                return None
+            with self._mutex:
+                return self._catch_by_link(path, name)
+        except FileNotFoundError:
+            return None
+        except OSError:  # another user's file, another file system, too many links, a full disk
+            return self._catch_by_descriptor(path, name)
+
+    def _catch_by_link(self, path: Path, name: str) -> Caught:
+        fresh = self._caught / f"new-{next(self._numbers)}"
+        link = fresh / name
+        self.disk.make_dir(link.parent)
+        try:
+            self.disk.link(path, link)
+            status = link.lstat()
+            inode = (status.st_dev, status.st_ino)
+            settled = self._caught / _catch_name(inode, name)
+            if not settled.exists():
+                self.disk.rename(fresh, settled)
+        finally:
+            if fresh.exists():
+                self.disk.remove_tree(fresh)
+        return Caught(name, inode, str(settled / name))
+
+    def _catch_by_descriptor(self, path: Path, name: str) -> Caught | None:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None
+        status = os.fstat(descriptor)
+        inode = (status.st_dev, status.st_ino)
+        with self._mutex:
+            held = self._held.setdefault((inode, name), descriptor)
+        if held != descriptor:
+            os.close(descriptor)
+        return Caught(name, inode, None, held)
+
+    def let_go(self, caught: Caught) -> None:
+        """Hold the file no longer."""
+        with self._mutex:
+            if caught.path is not None:
+                self.disk.remove_tree(self._caught / _catch_name(caught.inode, caught.name))
+            elif self._held.pop((caught.inode, caught.name), None) is not None:
+                os.close(caught.descriptor or 0)
+
+    def open_caught(self, caught: Caught) -> BinaryIO:
+        """The held bytes, to look at; the caller closes it."""
+        if caught.path is not None:
+            return Path(caught.path).open("rb")
+        return os.fdopen(os.dup(caught.descriptor or 0), "rb")
+
+    # --- pins ---
+
+    def pin(self, batch: Sequence[tuple[Caught, File]]) -> list[Checkpoint]:
+        """Make checkpoints of what was caught and found whole, numbered in this order, and durable queued."""
+        with self._mutex:
+            pinned = [self._pin(caught, file) for caught, file in batch]
+        self.disk.sync_dir(self._pins)
+        return pinned
+
+    def _pin(self, caught: Caught, file: File) -> Checkpoint:
+        checkpoint = Checkpoint(self._next_id(), file.name, (file,), file.mtime_ns)
+        if caught.path is not None:
+            self.disk.rename(
+                self._caught / _catch_name(caught.inode, caught.name), self._pins / str(checkpoint.id)
+            )
+            self._write_entry(checkpoint, sync=False)
+        else:
+            self._pinned_descriptors[checkpoint.id] = self._held.pop((caught.inode, caught.name))
+        self._known[file.name] = (file.size, file.mtime_ns)
+        return checkpoint
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Journal the checkpoint's state, durably."""
+        if checkpoint.id not in self._pinned_descriptors:
+            self._write_entry(checkpoint, sync=True)
+            self.disk.sync_dir(self._pins)
+
+    def _write_entry(self, checkpoint: Checkpoint, *, sync: bool) -> None:
+        data = json.dumps(dump_entry(checkpoint)).encode()
+        self.disk.write_file(self._pins / f"{checkpoint.id}.json", data, sync=sync)
+
+    def release(self, checkpoint: Checkpoint, *, durable: bool) -> None:
+        """Let go of the pin. `durable`: its file is known from now on, and not taken up again."""
+        if durable:
+            lines = [
+                json.dumps([each.name, each.size, each.mtime_ns, str(checkpoint.id)]) + "\n"
+                for each in checkpoint.files
+            ]
+            self.disk.append(self.home / "known.jsonl", "".join(lines).encode())
+        descriptor = self._pinned_descriptors.pop(checkpoint.id, None)
+        if descriptor is not None:
+            os.close(descriptor)
+            return
+        # The entry goes first: a pin without one is taken up again, one without a pin would look lost.
+        self.disk.unlink(self._pins / f"{checkpoint.id}.json")
+        self.disk.remove_tree(self._pins / str(checkpoint.id))
+
+    def reconsider(self, checkpoint: Checkpoint) -> Caught | None:
+        """Turn a pin whose bytes changed back into a catch, to be judged anew; None when it is gone."""
+        name = checkpoint.name
+        self.forget(name)
+        descriptor = self._pinned_descriptors.pop(checkpoint.id, None)
+        if descriptor is not None:
+            os.close(descriptor)
+            return self.catch(name)
+        folder = self._pins / str(checkpoint.id)
+        try:
+            status = (folder / name).lstat()
+        except FileNotFoundError:
+            return None
+        inode = (status.st_dev, status.st_ino)
+        settled = self._caught / _catch_name(inode, name)
+        with self._mutex:
+            if settled.exists():
+                self.disk.remove_tree(folder)
+            else:
+                self.disk.rename(folder, settled)
+        self.disk.unlink(self._pins / f"{checkpoint.id}.json")
+        return Caught(name, inode, str(settled / name))
+
+    @contextmanager
+    def reading(self, checkpoint: Checkpoint, file: File) -> Iterator[PinnedFile]:
+        """The pinned bytes of one file; they stay readable although the pin be removed meanwhile."""
+        held = self._pinned_descriptors.get(checkpoint.id)
+        if held is not None:
+            descriptor = os.dup(held)
+        else:
+            descriptor = os.open(self._pins / str(checkpoint.id) / file.name, os.O_RDONLY | os.O_CLOEXEC)
+        pinned = PinnedFile(descriptor, file)
+        try:
+            yield pinned
+        finally:
+            pinned.close()
+
+    def _pin_dirs(self) -> list[tuple[Id, Path]]:
+        found = []
+        for path in self._pins.iterdir():
+            with suppress(ValueError):
+                found.append((Id.parse(path.name), path))
+        return sorted(found)
+
+    def recover(self) -> Recovered:
+        """Read back what a predecessor left: pins with their journal, catches without a verdict."""
+        found = Recovered()
+        for id_, path in self._pin_dirs():
+            files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+            if len(files) != 1:
+                found.broken.append((str(path), f"holds {len(files)} files, not one; it is left as it is"))
+                continue
+            name = str(files[0].relative_to(path))
+            now = _file(name, files[0].stat())
+            checkpoint, complaint = self._read_entry(Checkpoint(id_, name, (now,), now.mtime_ns))
+            if complaint is not None:
+                found.broken.append((f"{path}.json", complaint))
+            found.checkpoints.append(checkpoint)
+            self._known[name] = (now.size, now.mtime_ns)
+        self._recover_lost(found)
+        self._recover_caught(found)
+        return found
+
+    def _read_entry(self, bare: Checkpoint) -> tuple[Checkpoint, str | None]:
+        """The checkpoint as journalled, or `bare` (pinned) and what is wrong with its entry."""
+        try:
+            read = load_entry(json.loads((self._pins / f"{bare.id}.json").read_bytes()))
+        except FileNotFoundError:
+            return bare, None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return bare, f"cannot be read ({error}); the pin itself is whole and is taken up from the start"
+        if (read.id, read.name) != (bare.id, bare.name):
+            return bare, "names another checkpoint than its pin; the pin is taken up from the start"
+        return read, None
+
+    def _recover_lost(self, found: Recovered) -> None:
+        for path in self._pins.glob("*.json*"):
+            if path.suffix == ".tmp":
+                self.disk.unlink(path)
+            elif not path.with_suffix("").is_dir():
+                found.broken.append((str(path), "has no pin any more: its bytes were removed from this disk"))
+                self.disk.unlink(path)
+
+    def _recover_caught(self, found: Recovered) -> None:
+        for folder in self._caught.iterdir():
+            files = [file for file in folder.rglob("*") if file.is_file()]
+            if folder.name.startswith("new-") or len(files) != 1:
+                self.disk.remove_tree(folder)
+                continue
+            status = files[0].stat()
+            name = str(files[0].relative_to(folder))
+            found.caught.append(Caught(name, (status.st_dev, status.st_ino), str(files[0])))
+
+    # --- what is known ---
+
+    def known(self, file: File) -> bool:
+        """Is this very file on its way or durable already?"""
+        return self._known.get(file.name) == (file.size, file.mtime_ns)
+
+    def remember(self, file: File, id_: Id) -> None:
+        """Take the file as durable: it was restored, or found to be what the bucket holds."""
+        self._known[file.name] = (file.size, file.mtime_ns)
+        line = json.dumps([file.name, file.size, file.mtime_ns, str(id_)]) + "\n"
+        self.disk.append(self.home / "known.jsonl", line.encode())
+
+    def forget(self, name: str) -> None:
+        """Whatever stands at `name` is to be taken up again."""
+        self._known.pop(name, None)
+
+    def _read_known(self) -> None:
+        lines: Mapping[str, str] = {}
+        path = self.home / "known.jsonl"
+        with suppress(FileNotFoundError):
+            lines = dict(self._known_lines(path.read_text("utf-8", "replace")))
+        data = "".join(line + "\n" for line in lines.values()).encode()
+        self.disk.write_file(path, data, sync=False)
+
+    def _known_lines(self, text: str) -> Iterator[tuple[str, str]]:
+        for line in text.splitlines():
+            with suppress(ValueError, TypeError):  # a torn last line costs one look into the bucket
+                name, size, mtime_ns, _ = json.loads(line)
+                if (self.root / name).exists():
+                    self._known[name] = (int(size), int(mtime_ns))
+                    yield name, line
+
+    def prune_known(self) -> None:
+        """Forget files that are gone, when enough have piled up."""
+        if len(self._known) > self._known_limit:
+            self._known = {n: what for n, what in self._known.items() if (self.root / n).exists()}
+            self._known_limit = 2 * len(self._known) + KNOWN_SLACK
+
+    # --- restores, and local retention ---
+
+    def incoming(self, size: int) -> Incoming:
+        """Room for a restore of `size` bytes; SpoolError, before the first byte, when the disk has less."""
+        free = self.disk.free_bytes(self._incoming)
+        if free < size:
+            raise SpoolError(
+                f"the checkpoint has {size} bytes, {self.root} has room for {free} (make room, then restart)"
+            )
+        path = self._incoming / f"{os.getpid()}-{next(self._numbers)}"
+        return Incoming(self, path, self.disk.create(path, size))
+
+    def aside(self, name: str) -> Path:
+        """Move what stands at `name` out of the way, kept for a person to look at; return where it is."""
+        target = self.root / HOME / "aside" / f"{next(self._numbers)}-{os.getpid()}" / Path(name).name
+        self.disk.make_dir(target.parent)
+        self.disk.rename(self.root / name, target)
+        return target
+
+    def delete_local(self, file: File) -> bool:
+        """Delete a file of the trainer's if it is still this very one; say whether it was deleted."""
+        path = self.root / file.name
+        try:
+            if not self.inside(file.name) or _file(file.name, path.lstat()) != file:
+                return False
+        except OSError:
+            return False
+        self.disk.unlink(path)
+        return True
+
+    def inside(self, name: str) -> bool:
+        """Is `name` a good name that leads through no symlink, so that it lies inside the watch dir?"""
+        if flaw_of_name(name) is not None:
+            return False
+        path = self.root / name
+        parents = [each for each in path.parents if each != self.root and self.root in each.parents]
+        return not any(each.is_symlink() for each in [path, *parents])
+
+
+def _catch_name(inode: tuple[int, int], name: str) -> str:
+    return f"{inode[0]:x}-{inode[1]:x}-{crc64(os.fsencode(name)):x}"
+
+
+def _read_pid(home: Path) -> str:
+    try:
+        return str(json.loads((home / "spool.json").read_bytes())["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
+
+
+# --- the journal entry: the same states as everywhere, as JSON ---------------------------------------
+
+
+def dump_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the journal holds of a checkpoint on its way.
+
+    What is stored but not committed is journalled as it was before: the bucket tells it better.
+    """
+    state: dict[str, Any] = {"state": "pinned"}
+    if isinstance(checkpoint.state, Uploading):
+        state = {"state": "uploading", "upload_ids": list(checkpoint.state.upload_ids)}
+    return state | {
+        "id": str(checkpoint.id),
+        "name": checkpoint.name,
+        "saved_at": checkpoint.saved_at,
+        "files": [asdict(file) for file in checkpoint.files],
+    }
+
+
+def load_entry(data: Mapping[str, Any]) -> Checkpoint:
+    """Read what `dump_entry` wrote; ValueError, KeyError or TypeError when it is not that."""
+    state: State
+    match data["state"]:
+        case "pinned":
+            state = Pinned()
+        case "uploading":
+            state = Uploading(tuple(data["upload_ids"]))
+        case other:
+            raise ValueError(f"unknown state {other!r}")
+    files = tuple(File(**each) for each in data["files"])
+    return Checkpoint(Id.parse(data["id"]), data["name"], files, int(data["saved_at"]), state)

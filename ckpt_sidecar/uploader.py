@@ -1,0 +1,377 @@
+"""One checkpoint from pin to stored: resume, send, verify, look.
+
+The rules that it keeps (docs/architecture.md gives the reasons):
+- journal and manifest know an upload before it may be completed;
+- every write is conditional on what was seen at the key, and the id at a key only grows;
+- an answer that says nothing (conflict, 5xx, silence, "no such upload") is followed by a look;
+- nothing is completed unless the pinned inode is as it was when it was pinned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import heapq
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Protocol
+
+from ckpt_sidecar.bucket import (
+    MIB,
+    Absent,
+    Bucket,
+    Condition,
+    Conflict,
+    Corrupt,
+    Missing,
+    ObjectRef,
+    Part,
+    Source,
+    Span,
+    Unchanged,
+    Unreachable,
+    Upload,
+    crc64,
+    encode_crc64,
+    part_bytes_for,
+    spans,
+)
+from ckpt_sidecar.checkpoint import (
+    Changed,
+    Checkpoint,
+    Event,
+    Id,
+    Pinned,
+    Progress,
+    Replacing,
+    State,
+    Stored,
+    Superseded,
+    UploadAborted,
+    Uploading,
+    advance,
+)
+from ckpt_sidecar.manifest import Announced, described, self_description
+from ckpt_sidecar.spool import BytesChanged, PinnedFile, Spool
+
+LOOKS = 5  # a key that changes under us this often in a row is somebody else's playground: said, and rested
+
+
+class Announcer(Protocol):
+    """What the uploader needs of the ledger."""
+
+    async def announce(self, upload: Announced) -> None:
+        """Enter the upload in the manifest."""
+
+    async def forget(self, upload_id: str) -> None:
+        """Take an upload that is gone out of the manifest."""
+
+
+class Slots:
+    """So many parts at a time; of those that wait, the newest checkpoint's go first."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._order = count()
+        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
+
+    @asynccontextmanager
+    async def taken(self, id_: Id) -> AsyncIterator[None]:
+        """Hold one slot."""
+        if self._free == 0:
+            await self._wait(id_)
+        else:
+            self._free -= 1
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _wait(self, id_: Id) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (-id_.generation, -id_.sequence, next(self._order), turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._pass_on()  # the slot was handed to us as we left
+            raise
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            turn = heapq.heappop(self._waiting)[-1]
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+@dataclass(slots=True)
+class _Job:
+    """One file on its way up. `checkpoint` is as it is now, the rest stays."""
+
+    checkpoint: Checkpoint
+    key: str
+    source: PinnedFile
+
+    @property
+    def size(self) -> int:
+        return self.checkpoint.files[0].size
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self_description(self.checkpoint.id, self.checkpoint.saved_at, self.size)
+
+
+class Uploader:
+    """Sends pinned checkpoints. What the bucket raises comes out when a rest may mend it."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        spool: Spool,
+        announcer: Announcer,
+        *,
+        prefix: str,
+        part_bytes: int,
+        workers: int,
+        moved: Callable[[Checkpoint], None],
+        tell: Callable[[Event], None],
+    ) -> None:
+        self._bucket = bucket
+        self._spool = spool
+        self._announcer = announcer
+        self._prefix = prefix
+        self._part_bytes = part_bytes
+        self._workers = workers
+        self._slots = Slots(workers)
+        self._moved = moved
+        self._tell = tell
+        self._doubtful: set[str] = set()  # keys at which an upload may be under way that nobody wrote down
+
+    def doubt(self, name: str) -> None:
+        """An upload of `name` may have been created whose id was never written down."""
+        self._doubtful.add(self._prefix + name)
+
+    async def upload(self, checkpoint: Checkpoint, seen: ObjectRef | None) -> Checkpoint:
+        """Bring the checkpoint to Stored, Superseded or Changed; each step on the way is told by `moved`.
+
+        `seen` is the object that the manifest has at its key. Raises what the bucket raises, and OSError
+        when the pin cannot be read: the checkpoint then is as `moved` told it last.
+        """
+        when: Condition = Absent() if seen is None else Unchanged(seen.etag)
+        with self._spool.reading(checkpoint, checkpoint.files[0]) as source:
+            job = _Job(checkpoint, self._prefix + checkpoint.name, source)
+            try:
+                source.check()
+                if job.size <= self._part_bytes and isinstance(checkpoint.state, Pinned):
+                    return await self._in_one_put(job, when)
+                return await self._in_parts(job, when)
+            except BytesChanged:
+                return await self.abandon(job.checkpoint, Changed())
+
+    async def abandon(self, checkpoint: Checkpoint, to: Changed | Superseded) -> Checkpoint:
+        """End the checkpoint; an upload that had begun is aborted first, and the abort answered."""
+        if isinstance(checkpoint.state, Uploading):
+            await self._abort(checkpoint, checkpoint.state)
+        return self._move(checkpoint, to)
+
+    async def _abort(self, checkpoint: Checkpoint, state: Uploading) -> None:
+        for upload_id in filter(None, state.upload_ids):
+            with suppress(Missing):
+                await self._bucket.abort_multipart(Upload(self._prefix + checkpoint.name, upload_id))
+            await self._announcer.forget(upload_id)
+
+    def _move(self, checkpoint: Checkpoint, to: State) -> Checkpoint:
+        moved = advance(checkpoint, to)
+        self._moved(moved)
+        return moved
+
+    # --- a small file: one put ---
+
+    async def _in_one_put(self, job: _Job, when: Condition) -> Checkpoint:
+        for _ in range(LOOKS):
+            try:
+                async with self._slots.taken(job.checkpoint.id):
+                    ref = await self._bucket.put(
+                        job.key, (job.source, job.size), when=when, metadata=job.metadata
+                    )
+                self._tell(Progress(job.checkpoint.name, "up", job.size, job.size, job.size))
+                return self._move(job.checkpoint, Stored((ref,)))
+            except (Conflict, Unreachable) as error:
+                found = await self._look(job)
+                if not isinstance(found, Absent | Unchanged):
+                    return await self._end(job, found)
+                if isinstance(error, Unreachable):
+                    raise
+                when, beaten = found, error
+        raise beaten
+
+    async def _end(self, job: _Job, found: Stored | Superseded) -> Checkpoint:
+        if isinstance(found, Stored):
+            return self._move(job.checkpoint, found)
+        return await self.abandon(job.checkpoint, found)
+
+    async def _look(self, job: _Job) -> Stored | Superseded | Condition:
+        """What stands at the key: this very checkpoint, a newer one, or what the next write is bound to."""
+        ref = await self._bucket.head(job.key)
+        if ref is None:
+            return Absent()
+        theirs = described(ref, job.checkpoint.name, 0)
+        if theirs is not None and theirs.id > job.checkpoint.id:
+            return Superseded(theirs.id)
+        if theirs is not None and theirs.id == job.checkpoint.id:
+            crc = await asyncio.to_thread(_crc_of, job.source, job.size)
+            if ref.crc64nvme in (None, crc):
+                return Stored((replace(ref, crc64nvme=crc),))
+        if theirs is None:
+            self._tell(Replacing(job.checkpoint.name, job.key))
+        return Unchanged(ref.etag)
+
+    # --- a large file: parts ---
+
+    async def _in_parts(self, job: _Job, when: Condition) -> Checkpoint:
+        layout = spans(job.size, part_bytes_for(job.size, self._part_bytes))
+        for _ in range(LOOKS):
+            upload, have = await self._begin(job, layout)
+            try:
+                parts = await self._send(job, upload, layout, have)
+                return await self._complete(job, upload, parts, when)
+            except (Missing, Corrupt) as error:  # the upload is gone, or its parts are not what we sent
+                lost = error
+            found = await self._look(job)
+            if not isinstance(found, Absent | Unchanged):
+                return await self._end(job, found)
+            when = found
+            await self._begin_anew(job)
+        raise lost
+
+    async def _begin(self, job: _Job, layout: Sequence[Span]) -> tuple[Upload, dict[int, Part]]:
+        """The upload to go on with, and the parts that it has already."""
+        if isinstance(job.checkpoint.state, Uploading):
+            upload = Upload(job.key, job.checkpoint.state.upload_ids[0] or "")
+            with suppress(Missing):
+                return upload, await self._agreeing(job, upload, layout)
+            return upload, {}
+        await self._clear_doubt(job.key)
+        try:
+            upload_id = await self._bucket.create_multipart(job.key, metadata=job.metadata)
+        except Unreachable:
+            self._doubtful.add(job.key)
+            raise
+        begun = advance(job.checkpoint, Uploading((upload_id,)))
+        await asyncio.to_thread(self._spool.write, begun)
+        job.checkpoint = begun
+        self._moved(begun)
+        return Upload(job.key, upload_id), {}
+
+    async def _begin_anew(self, job: _Job) -> None:
+        if isinstance(job.checkpoint.state, Uploading):
+            await self._abort(job.checkpoint, job.checkpoint.state)
+            job.checkpoint = self._move(job.checkpoint, Pinned())
+            await asyncio.to_thread(self._spool.write, job.checkpoint)
+
+    async def _clear_doubt(self, key: str) -> None:
+        if key in self._doubtful:
+            for upload in await self._bucket.list_uploads(key):
+                with suppress(Missing):
+                    await self._bucket.abort_multipart(upload)
+                self._tell(UploadAborted(key, upload.upload_id))
+            self._doubtful.discard(key)
+
+    async def _agreeing(self, job: _Job, upload: Upload, layout: Sequence[Span]) -> dict[int, Part]:
+        """The parts that the bucket has and that agree with the local bytes, by number."""
+        listed = {each.number: each for each in await self._bucket.list_parts(upload)}
+        return await asyncio.to_thread(_agreeing_parts, job.source, layout, listed)
+
+    async def _send(
+        self, job: _Job, upload: Upload, layout: Sequence[Span], have: dict[int, Part]
+    ) -> list[Part]:
+        """Send what is missing, the announcement beside it; return all parts once both are answered."""
+        missing = [span for span in layout if span.number not in have]
+        todo, parts = iter(missing), dict(have)
+        done = job.size - sum(span.size for span in missing)
+
+        async def sender() -> None:
+            nonlocal done
+            for span in todo:
+                async with self._slots.taken(job.checkpoint.id):
+                    parts[span.number] = await self._bucket.put_part(upload, span, job.source)
+                done += span.size
+                self._tell(Progress(job.checkpoint.name, "up", span.size, done, job.size))
+
+        await _together(self._announce(job, upload), *(sender() for _ in range(self._workers)))
+        return [parts[number] for number in sorted(parts)]
+
+    async def _announce(self, job: _Job, upload: Upload) -> None:
+        it = job.checkpoint
+        await self._announcer.announce(
+            Announced(
+                id=it.id,
+                name=it.name,
+                key=job.key,
+                upload_id=upload.upload_id,
+                size=job.size,
+                saved_at=it.saved_at,
+                spool=self._spool.record.spool,
+            )
+        )
+
+    async def _complete(
+        self, job: _Job, upload: Upload, parts: Sequence[Part], when: Condition
+    ) -> Checkpoint:
+        for _ in range(LOOKS):
+            job.source.check()
+            try:
+                ref = await self._bucket.complete_multipart(upload, parts, when=when, metadata=job.metadata)
+                return self._move(job.checkpoint, Stored((ref,)))
+            except (Conflict, Unreachable) as error:
+                found = await self._look(job)
+                if not isinstance(found, Absent | Unchanged):
+                    return await self._end(job, found)
+                if isinstance(error, Unreachable):
+                    raise
+                when, beaten = found, error
+        raise beaten
+
+
+async def _together(*work: Coroutine[None, None, None]) -> None:
+    """Run all of it; when one fails the others are cancelled, and that one's own error comes out."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in work:
+                group.create_task(each)
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
+
+
+def _agreeing_parts(source: Source, layout: Sequence[Span], listed: Mapping[int, Part]) -> dict[int, Part]:
+    """Which listed parts have the local bytes: by checksum, by MD5 etag where the store keeps none."""
+    have = {}
+    for span in layout:
+        part = listed.get(span.number)
+        if part is None or part.size != span.size:
+            continue
+        view = memoryview(bytearray(span.size))
+        if source.read_into(span.offset, view) == span.size:
+            crc = encode_crc64(crc64(view))
+            if crc == part.crc64nvme or (part.crc64nvme is None and part.etag == _md5(view)):
+                have[span.number] = replace(part, crc64nvme=crc)
+    return have
+
+
+def _md5(view: memoryview) -> str:
+    return hashlib.md5(view, usedforsecurity=False).hexdigest()
+
+
+def _crc_of(source: Source, size: int) -> str:
+    """The CRC64NVME of the whole source as S3 writes it, read in small pieces."""
+    crc, offset, view = 0, 0, memoryview(bytearray(MIB))
+    while offset < size:
+        got = source.read_into(offset, view[: min(MIB, size - offset)])
+        if got == 0:
+            break
+        crc, offset = crc64(view[:got], crc), offset + got
+    return encode_crc64(crc)
