@@ -9,13 +9,20 @@ import os
 import shutil
 from pathlib import Path
 
+from ckpt_sidecar.checkpoint import File
+
+
+def file_of(name: str, status: os.stat_result) -> File:
+    """The file of that name with this status."""
+    return File(name, status.st_size, status.st_mtime_ns)
+
 
 class Disk:
     """The real file system. Every call may raise OSError; none leaves half of its work under a final name."""
 
-    def make_dir(self, path: Path) -> None:
+    def make_dir(self, path: Path, *, mode: int = 0o700) -> None:
         """Make the directory and its parents, for us alone; one that is there is left as it is."""
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
 
     def link(self, source: Path, target: Path) -> None:
         """Make a hard link, never to what a symlink points to; FileExistsError when the target is there."""

@@ -7,7 +7,8 @@ botocore's own retries are off, for it cannot know the difference.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TypeVar
 
 from ckpt_sidecar.bucket import (
@@ -29,6 +30,16 @@ from ckpt_sidecar.policy import retry_delay
 
 T = TypeVar("T")
 TRIES = 6  # about half a minute with full jitter; then the caller lets others go first and comes back
+
+
+async def together(*work: Coroutine[None, None, None]) -> None:
+    """Run all of it; when one fails the others are cancelled, and that one's own error comes out."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in work:
+                group.create_task(each)
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 class PatientBucket:

@@ -37,13 +37,12 @@ from ckpt_sidecar.checkpoint import (
     Pinned,
     State,
     Uploading,
-    flaw_of_name,
 )
-from ckpt_sidecar.disk import Disk
+from ckpt_sidecar.disk import Disk, file_of
+from ckpt_sidecar.known import Known
 
 HOME = ".ckpt-sidecar"
 RESERVE = 1000  # ids taken from the record at a time: one durable write for a thousand checkpoints
-KNOWN_SLACK = 1000  # names of files that are gone may pile up to this many before they are looked for
 
 
 class SpoolError(Exception):
@@ -52,7 +51,7 @@ class SpoolError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the spool knows of itself. `generation` 0: it has never claimed. `counter`: ids reserved so far."""
+    """What the spool knows of itself. `generation` 0: never claimed. `counter`: ids reserved so far."""
 
     spool: str
     attempt: str = ""
@@ -95,7 +94,7 @@ class PinnedFile:
 
     def check(self) -> None:
         """Raise BytesChanged unless the inode is as it was when it was pinned."""
-        now = _file(self._file.name, os.fstat(self._descriptor))
+        now = file_of(self._file.name, os.fstat(self._descriptor))
         if now != self._file:
             raise BytesChanged(
                 f"{now.name}: pinned with {self._file.size} bytes, now {now.size}; or rewritten"
@@ -104,49 +103,6 @@ class PinnedFile:
     def close(self) -> None:
         """Give the descriptor back."""
         os.close(self._descriptor)
-
-
-class Incoming:
-    """A restore under way: a preallocated file out of the trainer's sight; a `bucket.Sink`."""
-
-    def __init__(self, spool: Spool, path: Path, descriptor: int) -> None:
-        self._spool = spool
-        self._descriptor = descriptor
-        self.path = path
-
-    def write_at(self, offset: int, view: memoryview) -> None:
-        """Write all of `view` at `offset`."""
-        self._spool.disk.write_at(self._descriptor, offset, view)
-
-    def open(self) -> BinaryIO:
-        """What has arrived, for a look at its format."""
-        return self.path.open("rb")
-
-    def place(self, name: str, mtime_ns: int) -> File:
-        """Put the file under its final name, whole and durable; FileExistsError when one stands there."""
-        disk, target = self._spool.disk, self._spool.root / name
-        disk.finish(self._descriptor, mtime_ns)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            disk.link(self.path, target)
-            disk.unlink(self.path)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            if os.path.lexists(target):
-                raise FileExistsError(target) from None
-            disk.rename(self.path, target)
-        disk.sync_dir(target.parent)
-        return _file(name, target.stat())
-
-    def close(self) -> None:
-        """Give the descriptor back, and the room where nothing was placed."""
-        os.close(self._descriptor)
-        self._spool.disk.unlink(self.path)
-
-
-def _file(name: str, status: os.stat_result) -> File:
-    return File(name, status.st_size, status.st_mtime_ns)
 
 
 class Spool:
@@ -159,15 +115,13 @@ class Spool:
         self.record = Record(spool="")
         self._caught = self.home / "caught"
         self._pins = self.home / "pins"
-        self._incoming = root / HOME / "incoming"  # on the watch dir's file system, wherever the spool is
         self._lock_file: BinaryIO | None = None
         self._mutex = threading.Lock()
         self._numbers = count()
         self._sequence = 0
         self._held: dict[tuple[tuple[int, int], str], int] = {}
         self._pinned_descriptors: dict[Id, int] = {}
-        self._known: dict[str, tuple[int, int]] = {}
-        self._known_limit = KNOWN_SLACK
+        self.known = Known(root, self.home / "known.jsonl", self.disk)
 
     # --- opening ---
 
@@ -184,9 +138,8 @@ class Spool:
                 "(run the sidecar as the trainer's user, with the directory writable for it)"
             ) from error
         self._lock()
-        self._clear_incoming()
         complaints = self._read_record(new_id)
-        self._read_known()
+        self.known.read()
         return complaints
 
     def _open_dirs(self) -> None:
@@ -196,7 +149,7 @@ class Spool:
             self.root.mkdir()
         if not self.root.is_dir():
             raise SpoolError(f"not a directory: {self.root} (--watch takes the checkpoint directory)")
-        for path in (self.home, self._caught, self._pins, self._incoming):
+        for path in (self.home, self._caught, self._pins):
             self.disk.make_dir(path)
         status = self.home.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
@@ -211,10 +164,6 @@ class Spool:
             raise SpoolError(
                 f"another ckpt-sidecar serves {self.root} (pid {_read_pid(self.home)}): stop it first"
             ) from None
-
-    def _clear_incoming(self) -> None:
-        for path in self._incoming.iterdir():
-            self.disk.unlink(path)
 
     def _read_record(self, new_id: str) -> list[str]:
         complaints = []
@@ -323,23 +272,33 @@ class Spool:
 
     # --- pins ---
 
-    def pin(self, batch: Sequence[tuple[Caught, File]]) -> list[Checkpoint]:
-        """Make checkpoints of what was caught and found whole, numbered in this order, and durable queued."""
-        with self._mutex:
-            pinned = [self._pin(caught, file) for caught, file in batch]
+    def pin(
+        self, batch: Sequence[tuple[Caught, File]]
+    ) -> tuple[list[Checkpoint], list[tuple[Caught, OSError]]]:
+        """Make checkpoints of what was caught and found whole, numbered in this order, durably queued.
+
+        Returns them, and what could not be pinned with the reason; that stays caught.
+        """
+        pinned, failed = [], []
+        for caught, file in batch:
+            try:
+                with self._mutex:
+                    pinned.append(self._pin(caught, file))
+            except OSError as error:
+                failed.append((caught, error))
         self.disk.sync_dir(self._pins)
-        return pinned
+        return pinned, failed
 
     def _pin(self, caught: Caught, file: File) -> Checkpoint:
         checkpoint = Checkpoint(self._next_id(), file.name, (file,), file.mtime_ns)
         if caught.path is not None:
-            self.disk.rename(
-                self._caught / _catch_name(caught.inode, caught.name), self._pins / str(checkpoint.id)
-            )
-            self._write_entry(checkpoint, sync=False)
+            held = self._caught / _catch_name(caught.inode, caught.name)
+            self.disk.rename(held, self._pins / str(checkpoint.id))
+            with suppress(OSError):  # on a full disk the pin alone tells all that a restart needs
+                self._write_entry(checkpoint, sync=False)
         else:
             self._pinned_descriptors[checkpoint.id] = self._held.pop((caught.inode, caught.name))
-        self._known[file.name] = (file.size, file.mtime_ns)
+        self.known.taken(file)
         return checkpoint
 
     def write(self, checkpoint: Checkpoint) -> None:
@@ -355,11 +314,8 @@ class Spool:
     def release(self, checkpoint: Checkpoint, *, durable: bool) -> None:
         """Let go of the pin. `durable`: its file is known from now on, and not taken up again."""
         if durable:
-            lines = [
-                json.dumps([each.name, each.size, each.mtime_ns, str(checkpoint.id)]) + "\n"
-                for each in checkpoint.files
-            ]
-            self.disk.append(self.home / "known.jsonl", "".join(lines).encode())
+            for file in checkpoint.files:
+                self.known.durable(file, checkpoint.id)
         descriptor = self._pinned_descriptors.pop(checkpoint.id, None)
         if descriptor is not None:
             os.close(descriptor)
@@ -371,7 +327,7 @@ class Spool:
     def reconsider(self, checkpoint: Checkpoint) -> Caught | None:
         """Turn a pin whose bytes changed back into a catch, to be judged anew; None when it is gone."""
         name = checkpoint.name
-        self.forget(name)
+        self.known.forget(name)
         descriptor = self._pinned_descriptors.pop(checkpoint.id, None)
         if descriptor is not None:
             os.close(descriptor)
@@ -421,12 +377,12 @@ class Spool:
                 found.broken.append((str(path), f"holds {len(files)} files, not one; it is left as it is"))
                 continue
             name = str(files[0].relative_to(path))
-            now = _file(name, files[0].stat())
+            now = file_of(name, files[0].stat())
             checkpoint, complaint = self._read_entry(Checkpoint(id_, name, (now,), now.mtime_ns))
             if complaint is not None:
                 found.broken.append((f"{path}.json", complaint))
             found.checkpoints.append(checkpoint)
-            self._known[name] = (now.size, now.mtime_ns)
+            self.known.taken(checkpoint.files[0])
         self._recover_lost(found)
         self._recover_caught(found)
         return found
@@ -460,82 +416,6 @@ class Spool:
             status = files[0].stat()
             name = str(files[0].relative_to(folder))
             found.caught.append(Caught(name, (status.st_dev, status.st_ino), str(files[0])))
-
-    # --- what is known ---
-
-    def known(self, file: File) -> bool:
-        """Is this very file on its way or durable already?"""
-        return self._known.get(file.name) == (file.size, file.mtime_ns)
-
-    def remember(self, file: File, id_: Id) -> None:
-        """Take the file as durable: it was restored, or found to be what the bucket holds."""
-        self._known[file.name] = (file.size, file.mtime_ns)
-        line = json.dumps([file.name, file.size, file.mtime_ns, str(id_)]) + "\n"
-        self.disk.append(self.home / "known.jsonl", line.encode())
-
-    def forget(self, name: str) -> None:
-        """Whatever stands at `name` is to be taken up again."""
-        self._known.pop(name, None)
-
-    def _read_known(self) -> None:
-        lines: Mapping[str, str] = {}
-        path = self.home / "known.jsonl"
-        with suppress(FileNotFoundError):
-            lines = dict(self._known_lines(path.read_text("utf-8", "replace")))
-        data = "".join(line + "\n" for line in lines.values()).encode()
-        self.disk.write_file(path, data, sync=False)
-
-    def _known_lines(self, text: str) -> Iterator[tuple[str, str]]:
-        for line in text.splitlines():
-            with suppress(ValueError, TypeError):  # a torn last line costs one look into the bucket
-                name, size, mtime_ns, _ = json.loads(line)
-                if (self.root / name).exists():
-                    self._known[name] = (int(size), int(mtime_ns))
-                    yield name, line
-
-    def prune_known(self) -> None:
-        """Forget files that are gone, when enough have piled up."""
-        if len(self._known) > self._known_limit:
-            self._known = {n: what for n, what in self._known.items() if (self.root / n).exists()}
-            self._known_limit = 2 * len(self._known) + KNOWN_SLACK
-
-    # --- restores, and local retention ---
-
-    def incoming(self, size: int) -> Incoming:
-        """Room for a restore of `size` bytes; SpoolError, before the first byte, when the disk has less."""
-        free = self.disk.free_bytes(self._incoming)
-        if free < size:
-            raise SpoolError(
-                f"the checkpoint has {size} bytes, {self.root} has room for {free} (make room, then restart)"
-            )
-        path = self._incoming / f"{os.getpid()}-{next(self._numbers)}"
-        return Incoming(self, path, self.disk.create(path, size))
-
-    def aside(self, name: str) -> Path:
-        """Move what stands at `name` out of the way, kept for a person to look at; return where it is."""
-        target = self.root / HOME / "aside" / f"{next(self._numbers)}-{os.getpid()}" / Path(name).name
-        self.disk.make_dir(target.parent)
-        self.disk.rename(self.root / name, target)
-        return target
-
-    def delete_local(self, file: File) -> bool:
-        """Delete a file of the trainer's if it is still this very one; say whether it was deleted."""
-        path = self.root / file.name
-        try:
-            if not self.inside(file.name) or _file(file.name, path.lstat()) != file:
-                return False
-        except OSError:
-            return False
-        self.disk.unlink(path)
-        return True
-
-    def inside(self, name: str) -> bool:
-        """Is `name` a good name that leads through no symlink, so that it lies inside the watch dir?"""
-        if flaw_of_name(name) is not None:
-            return False
-        path = self.root / name
-        parents = [each for each in path.parents if each != self.root and self.root in each.parents]
-        return not any(each.is_symlink() for each in [path, *parents])
 
 
 def _catch_name(inode: tuple[int, int], name: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import heapq
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
@@ -54,6 +54,7 @@ from ckpt_sidecar.checkpoint import (
     advance,
 )
 from ckpt_sidecar.manifest import Announced, described, self_description
+from ckpt_sidecar.patience import together
 from ckpt_sidecar.spool import BytesChanged, PinnedFile, Spool
 
 LOOKS = 5  # a key that changes under us this often in a row is somebody else's playground: said, and rested
@@ -302,7 +303,7 @@ class Uploader:
                 done += span.size
                 self._tell(Progress(job.checkpoint.name, "up", span.size, done, job.size))
 
-        await _together(self._announce(job, upload), *(sender() for _ in range(self._workers)))
+        await together(self._announce(job, upload), *(sender() for _ in range(self._workers)))
         return [parts[number] for number in sorted(parts)]
 
     async def _announce(self, job: _Job, upload: Upload) -> None:
@@ -337,24 +338,15 @@ class Uploader:
         raise beaten
 
 
-async def _together(*work: Coroutine[None, None, None]) -> None:
-    """Run all of it; when one fails the others are cancelled, and that one's own error comes out."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for each in work:
-                group.create_task(each)
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-
-
 def _agreeing_parts(source: Source, layout: Sequence[Span], listed: Mapping[int, Part]) -> dict[int, Part]:
     """Which listed parts have the local bytes: by checksum, by MD5 etag where the store keeps none."""
     have = {}
+    buffer = memoryview(bytearray(max(span.size for span in layout)))
     for span in layout:
         part = listed.get(span.number)
         if part is None or part.size != span.size:
             continue
-        view = memoryview(bytearray(span.size))
+        view = buffer[: span.size]
         if source.read_into(span.offset, view) == span.size:
             crc = encode_crc64(crc64(view))
             if crc == part.crc64nvme or (part.crc64nvme is None and part.etag == _md5(view)):

@@ -1,0 +1,232 @@
+"""The newest good checkpoint back into the watch dir.
+
+How it can go wrong, and what is done:
+- the object is missing, replaced by a stranger's, or its bytes do not agree: said, counted, the next one;
+- a newer save of the same name stands at the key, completed but not committed: it is adopted;
+- the object changes under the download: If-Match fails, and the key is looked at anew;
+- the watch dir has it already: verified and kept; has a torn file of that name: set aside, never deleted;
+- the trainer writes the same name meanwhile: its file stays;
+- killed at any step: what had arrived lies out of sight, and the next start clears it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from ckpt_sidecar.bucket import (
+    Bucket,
+    BucketError,
+    Conflict,
+    Corrupt,
+    Denied,
+    Missing,
+    ObjectRef,
+    Refused,
+    Span,
+    Unreachable,
+    crc64,
+    decode_crc64,
+    encode_crc64,
+    join_crc64,
+    spans,
+)
+from ckpt_sidecar.checkpoint import Checkpoint, Event, FellBack, File, Id, Progress, Restored
+from ckpt_sidecar.landing import Incoming, Landing
+from ckpt_sidecar.manifest import Entry, Manifest, described
+from ckpt_sidecar.patience import together
+
+FETCHES = 3  # a key that is replaced under so many downloads in a row is passed over
+READ_BYTES = 1024 * 1024  # a local file is verified in pieces of this many bytes
+
+
+class NothingRestored(Exception):
+    """The bucket holds checkpoints, and none of them could be restored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the restore came to. `word`: restored, kept or empty; `adopted` is to be committed."""
+
+    word: str
+    entry: Entry | None = None
+    adopted: Entry | None = None
+    path: Path | None = None
+
+
+class Restorer:
+    """Restores into one watch dir. `flaw_of(file, name)` says why a file is not whole, or None."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        landing: Landing,
+        *,
+        remember: Callable[[File, Id], None],
+        workers: int,
+        part_bytes: int,
+        flaw_of: Callable[[BinaryIO, str], str | None],
+        seconds: Callable[[], float],
+        tell: Callable[[Event], None],
+    ) -> None:
+        self._bucket = bucket
+        self._landing = landing
+        self._remember = remember
+        self._workers = workers
+        self._part_bytes = part_bytes
+        self._flaw_of = flaw_of
+        self._seconds = seconds
+        self._tell = tell
+
+    async def restore(self, manifest: Manifest, waiting: Iterable[Checkpoint] = ()) -> Outcome:
+        """Put the newest good checkpoint in place, or keep what is at least as new.
+
+        `waiting` is what this spool holds and has not yet made durable. Raises NothingRestored when the
+        bucket has checkpoints and none is good; Unreachable and Denied when that is not known; NoRoom
+        when the disk is too small.
+        """
+        started = self._seconds()
+        newest = manifest.newest
+        held = max((each for each in waiting if self._stands(each)), key=lambda each: each.id, default=None)
+        if held is not None and (newest is None or held.id > newest.id):
+            self._told("kept", held.id, held.name, 0, started)
+            return Outcome("kept")
+        if newest is None:
+            self._told("empty", None, None, 0, started)
+            return Outcome("empty")
+        for entry in manifest.checkpoints:
+            outcome = await self._try(entry)
+            if outcome is not None and outcome.entry is not None:
+                it = outcome.entry
+                size = it.size if outcome.word == "restored" else 0
+                self._told(outcome.word, it.id, it.name, size, started)
+                return outcome
+        self._told("failed", newest.id, newest.name, 0, started)
+        raise NothingRestored(
+            f"none of the {len(manifest.checkpoints)} checkpoints in the manifest could be restored; "
+            "the log says of each one why"
+        )
+
+    def _told(self, word: str, id_: Id | None, name: str | None, size: int, started: float) -> None:
+        self._tell(Restored(word, id_, name, size, self._seconds() - started))
+
+    def _stands(self, checkpoint: Checkpoint) -> bool:
+        """Is the checkpoint's very file still in the watch dir under its name?"""
+        return all(self._landing.look(file.name) == file for file in checkpoint.files)
+
+    async def _try(self, entry: Entry) -> Outcome | None:
+        """Restore this entry, or say why not and return None.
+
+        Trouble that says nothing about the entry comes out.
+        """
+        try:
+            if not self._landing.inside(entry.name):
+                raise Refused("a symlink is in the way inside the watch dir")
+            if await asyncio.to_thread(self._has, entry):
+                return Outcome("kept", entry, path=self._landing.root / entry.name)
+            for _ in range(FETCHES - 1):
+                with suppress(Conflict):  # replaced under the download: look again at what is there
+                    return await self._fetch(entry)
+            return await self._fetch(entry)
+        except (Unreachable, Denied):
+            raise
+        except (BucketError, OSError) as error:
+            self._tell(FellBack(entry.id, entry.name, str(error)))
+            return None
+
+    def _has(self, entry: Entry) -> bool:
+        """Is the watch dir's file of that name this very checkpoint, byte for byte?"""
+        ref = entry.objects[0]
+        file = File(entry.name, ref.size, entry.saved_at)
+        if self._landing.look(entry.name) != file or ref.crc64nvme is None:
+            return False
+        try:
+            same = _crc_of(self._landing.root / entry.name) == ref.crc64nvme
+        except OSError:
+            return False
+        if same:
+            self._remember(file, entry.id)
+        return same
+
+    async def _fetch(self, entry: Entry) -> Outcome | None:
+        ref, found = await self._locate(entry)
+        before = self._landing.look(entry.name)
+        with self._landing.incoming(ref.size) as incoming:
+            ref = replace(ref, crc64nvme=await self._download(ref, found.name, incoming))
+            with incoming.open() as file:
+                flaw = await asyncio.to_thread(self._flaw_of, file, found.name)
+            if flaw is not None:
+                raise Corrupt(f"the object is no whole checkpoint: {flaw}")
+            path = await asyncio.to_thread(self._place, incoming, found, before)
+        done = replace(found, objects=(ref,))
+        adopted = done if found is not entry else None
+        return Outcome(
+            "restored" if path is not None else "kept", done, adopted, self._landing.root / found.name
+        )
+
+    def _place(self, incoming: Incoming, entry: Entry, before: File | None) -> Path | None:
+        """Put the file in place; None when the trainer has written that name meanwhile: its file stays."""
+        if before is not None and self._landing.look(entry.name) == before:
+            self._landing.aside(entry.name)
+        try:
+            file = incoming.place(entry.name, entry.saved_at)
+        except FileExistsError:
+            return None
+        self._remember(file, entry.id)
+        return self._landing.root / entry.name
+
+    async def _locate(self, entry: Entry) -> tuple[ObjectRef, Entry]:
+        """The object to read, and the entry that it is: the manifest's, or a newer one that is adopted."""
+        listed = entry.objects[0]
+        there = await self._bucket.head(listed.key)
+        if there is not None and there.etag == listed.etag and there.size == listed.size:
+            return replace(listed, version_id=there.version_id), entry
+        newer = described(there, entry.name, entry.stored_at) if there is not None else None
+        if there is not None and newer is not None and newer.id > entry.id:
+            return there, newer
+        if listed.version_id is not None:
+            return listed, entry
+        if there is not None and newer is not None and newer.id == entry.id:
+            return replace(there, crc64nvme=listed.crc64nvme), entry  # copied: another etag, the same bytes
+        if there is None:
+            raise Missing(f"the object {listed.key} is gone")
+        raise Missing(f"the object {listed.key} was replaced by one that is not ours")
+
+    async def _download(self, ref: ObjectRef, name: str, incoming: Incoming) -> str:
+        """All bytes of the object into `incoming`, checked as they arrive; return their CRC64NVME."""
+        layout = spans(ref.size, self._part_bytes)
+        crcs: dict[int, int] = {}
+        todo, done = iter(layout), 0
+
+        async def fetcher() -> None:
+            nonlocal done
+            for span in todo:
+                crcs[span.number] = await self._bucket.get_range(ref, span, incoming)
+                done += span.size
+                self._tell(Progress(name, "down", span.size, done, ref.size))
+
+        await together(*(fetcher() for _ in range(self._workers)))
+        crc = encode_crc64(_joined(layout, crcs))
+        if ref.crc64nvme is not None and decode_crc64(ref.crc64nvme) != decode_crc64(crc):
+            raise Corrupt(f"the bytes of {ref.key} do not agree with their checksum {ref.crc64nvme}: {crc}")
+        return crc
+
+
+def _joined(layout: Sequence[Span], crcs: dict[int, int]) -> int:
+    whole = 0
+    for span in layout:
+        whole = join_crc64(whole, crcs[span.number], span.size)
+    return whole
+
+
+def _crc_of(path: Path) -> str:
+    crc = 0
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(READ_BYTES)
+        while got := file.readinto(buffer):
+            crc = crc64(memoryview(buffer)[:got], crc)
+    return encode_crc64(crc)

@@ -1,0 +1,159 @@
+"""Every setting: its default, its unit, its reason, and its help, in one place; validated when made.
+
+A flag is the field's name with dashes, its environment variable `CKPT_SIDECAR_` and the name in capitals.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ckpt_sidecar.checkpoint import flaw_of_name
+from ckpt_sidecar.formats import Rules
+from ckpt_sidecar.manifest import HISTORY
+
+ENV_PREFIX = "CKPT_SIDECAR_"
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", re.ASCII)
+
+
+class BadSetting(ValueError):
+    """A setting cannot be used; the message names it, what is wrong, and the mend."""
+
+
+def _setting(default: Any, text: str, *, metavar: str | None = None) -> Any:
+    """A field with what the command line says of it."""
+    return field(default=default, metadata={"help": text, "metavar": metavar})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What one run of the sidecar was asked to do."""
+
+    watch: Path = field(
+        metadata={"help": "The directory into which the trainer saves checkpoints.", "metavar": "DIR"}
+    )
+    bucket: str = field(
+        metadata={"help": "The S3 bucket; s3://BUCKET/PREFIX is understood.", "metavar": "BUCKET"}
+    )
+    prefix: str = _setting("", "Where in the bucket this job's checkpoints live: one prefix for each job.")
+    endpoint_url: str = _setting("", "Endpoint of an S3-compatible store.", metavar="URL")
+    pattern: tuple[str, ...] = _setting(
+        Rules().patterns, "Which files are checkpoints, at any depth; may be given several times."
+    )
+    listen: str = _setting(
+        "0.0.0.0:22578",
+        "Where /metrics, /healthz, /readyz and /status.json answer; read-only.",
+        metavar="HOST:PORT",
+    )
+    workers: int = _setting(4, "Parts sent or fetched at a time; memory grows by 8 MiB for each.")
+    settle: float = _setting(1.0, "Seconds for which a file written in place must lie still.")
+    rescan_every: float = _setting(
+        30.0, "Seconds between two listings of the watch dir; events come besides."
+    )
+    drain_timeout: float = _setting(
+        25.0,
+        "Seconds after SIGTERM in which what is not yet durable is sent; keep it under the pod's "
+        "terminationGracePeriodSeconds.",
+    )
+    keep_local: int = _setting(0, "Durable checkpoint files to keep in the watch dir; 0 keeps all.")
+    keep_remote: int = _setting(0, "Checkpoints to keep in the bucket; 0 keeps all.")
+    history: int = _setting(HISTORY, "Entries kept in latest.json, for restore to fall back on.")
+    spool: str = _setting(
+        "", "The durable queue, when not WATCH/.ckpt-sidecar; on the same file system.", metavar="DIR"
+    )
+    attempt: str = _setting(
+        "",
+        "Which run of the job this is [default: the pod's UID, Slurm's job and restart, or host and boot].",
+    )
+    take_over: bool = _setting(False, "Claim the prefix although another sidecar has displaced this one.")  # noqa: FBT003
+    allow_unfenced: bool = _setting(
+        False,  # noqa: FBT003
+        "Go on with a store that has no conditional writes: two sidecars at once would not notice each other.",
+    )
+    log_format: str = _setting("auto", "auto (readable on a terminal, else json), json or console.")
+
+    def __post_init__(self) -> None:
+        self._take_uri_apart()
+        for name, check in _CHECKS.items():
+            flaw = check(getattr(self, name))
+            if flaw is not None:
+                raise BadSetting(f"--{name.replace('_', '-')}: {getattr(self, name)!r} {flaw}")
+        self.address()
+
+    def _take_uri_apart(self) -> None:
+        bucket, prefix = self.bucket, self.prefix
+        if bucket.startswith("s3://"):
+            bucket, _, inside = bucket.removeprefix("s3://").partition("/")
+            prefix = "/".join(filter(None, [inside.strip("/"), prefix]))
+        prefix = prefix.strip("/")
+        object.__setattr__(self, "bucket", bucket)
+        object.__setattr__(self, "prefix", f"{prefix}/" if prefix else "")
+
+    def address(self) -> tuple[str, int]:
+        """Host and port of `listen`; BadSetting when it is not HOST:PORT."""
+        host, _, port = self.listen.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65_535:
+            raise BadSetting(f"--listen: {self.listen!r} is not HOST:PORT (for example 0.0.0.0:22578)")
+        return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _flaw_of_bucket(name: str) -> str | None:
+    return None if _BUCKET.fullmatch(name) else "is no bucket name (letters, digits, dots and dashes)"
+
+
+def _flaw_of_prefix(prefix: str) -> str | None:
+    flaw = flaw_of_name(prefix.removesuffix("/")) if prefix else None
+    return flaw and f"{flaw} (give a path such as team/run-17)"
+
+
+def _flaw_of_patterns(patterns: tuple[str, ...]) -> str | None:
+    return None if patterns and all(patterns) else "is empty: nothing would ever be uploaded"
+
+
+def _between(least: float, most: float) -> Callable[[float], str | None]:
+    return lambda value: None if least <= value <= most else f"is not from {least:g} to {most:g}"
+
+
+def _flaw_of_format(word: str) -> str | None:
+    return None if word in ("auto", "json", "console") else "is none of auto, json, console"
+
+
+def _flaw_of_endpoint(url: str) -> str | None:
+    good = not url or re.fullmatch(r"https?://[^/\s]+/?.*", url) is not None
+    return None if good else "is no URL (for example https://s3.example.com)"
+
+
+_CHECKS: Mapping[str, Callable[[Any], str | None]] = {
+    "bucket": _flaw_of_bucket,
+    "prefix": _flaw_of_prefix,
+    "endpoint_url": _flaw_of_endpoint,
+    "pattern": _flaw_of_patterns,
+    "workers": _between(1, 64),
+    "settle": _between(0, 3600),
+    "rescan_every": _between(0.1, 86_400),
+    "drain_timeout": _between(0, 86_400),
+    "keep_local": _between(0, 10**9),
+    "keep_remote": _between(0, 10**9),
+    "history": _between(1, 10_000),
+    "log_format": _flaw_of_format,
+}
+
+
+def attempt_of(environment: Mapping[str, str], *, host: str, boot_id: str) -> str:
+    """Return which run of the job this is, by what the scheduler tells; else the host's name and boot.
+
+    A restarted container is the same attempt, a rescheduled job another.
+    """
+    if uid := environment.get("POD_UID"):
+        return f"pod-{uid}"
+    if job := environment.get("SLURM_JOB_ID"):
+        return f"slurm-{job}-{environment.get('SLURM_RESTART_COUNT', '0')}"
+    return f"{host}-{boot_id}"
+
+
+def names_of_settings() -> list[str]:
+    """Return the fields' names, in the order in which help shows them."""
+    return [each.name for each in fields(Settings)]
