@@ -1,0 +1,354 @@
+"""The completed files of a tree, as they are completed. Events are hints, the directory is the truth.
+
+    hint, in watchdog's thread  ->  caught at once, so that the trainer may delete it
+    listing, every so often     ->  caught, what no hint told of
+    caught  ->  candidate  ->  looked at when it is due  ->  found whole | torn, and let go | due again later
+
+A lost event costs the time until the next listing, never a checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, printable
+from ckpt_sidecar.checkpoint import (
+    Caught,
+    Event,
+    Failed,
+    File,
+    Ignored,
+    Rescanned,
+    Torn,
+    WatchLost,
+)
+from ckpt_sidecar.completion import Candidate, Evidence, Seen, Verdict, judge, merge
+from ckpt_sidecar.formats import Look, Rules, look_at
+from ckpt_sidecar.hints import Tree, explain, inode_of, walk
+
+_CHUNK = 500  # files that are listed, or looked at, between two looks at what else has happened
+
+Tell = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A whole, completed file; `file` has its size and mtime as they were. Its hold is the receiver's now."""
+
+    caught: Caught
+    file: File
+
+
+class _Sight(NamedTuple):
+    """What a look at the held bytes has shown. `stands`: the name still leads to them."""
+
+    file: File
+    look: Look
+    stands: bool
+
+
+class _Once:
+    """What was said already; what a whole listing does not meet again is forgotten."""
+
+    def __init__(self) -> None:
+        self._met: dict[Hashable, int] = {}
+        self._listing = 0
+
+    def __contains__(self, thing: Hashable) -> bool:
+        if thing not in self._met:
+            return False
+        self._met[thing] = self._listing
+        return True
+
+    def first(self, thing: Hashable) -> bool:
+        """Note the thing; is it the first time?"""
+        known = thing in self
+        self._met[thing] = self._listing
+        return not known
+
+    def listed(self) -> None:
+        """A listing has ended, the next one begins."""
+        self._met = {thing: n for thing, n in self._met.items() if n == self._listing}
+        self._listing += 1
+
+
+@dataclass(slots=True)
+class _Listing:
+    """A listing under way."""
+
+    reason: str
+    seen: Iterator[Seen]
+    began: float
+    files: int = 0
+    missed: int = 0
+
+
+class Watcher:
+    """The completed files of one tree.
+
+    In this order: `start` (hints are caught from now on), `first` (what is there already), `batches`. All
+    times are seconds; `clock` is monotonic, `wall` since the epoch. `known`, from any thread: is this very
+    file on its way or durable? `already`: what a predecessor held without a verdict.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        rules: Rules,
+        *,
+        catcher: Catcher,
+        known: Callable[[File], bool],
+        tell: Tell,
+        rescan_every: float,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        events: bool = True,
+        already: Sequence[Caught] = (),
+    ) -> None:
+        self._root, self._rules, self._catcher, self._known = root, rules, catcher, known
+        self._tell, self._rescan_every, self._clock, self._events = tell, rescan_every, clock, events
+        self._inbox = Inbox(root, rules, catcher=catcher, known=known, clock=clock, wall=wall)
+        self._held: dict[Key, Hint] = {}
+        self._tree: Tree | None = None
+        self._tree_inode: tuple[int, int] | None = None
+        self._listing: _Listing | None = None
+        self._next_listing = self._last_listing = clock()
+        self._torn, self._told = _Once(), _Once()
+        self._lost, self._wall = "", wall
+        for caught in already:
+            now = clock()
+            self._admit(Hint(caught, Candidate(Evidence.FOUND, -1, 0, since=now, due=now)))
+
+    def __repr__(self) -> str:
+        return f"<{self._root}: {len(self._held)} files not yet judged; {self._tree or 'no events'}>"
+
+    def start(self) -> None:
+        """Begin to catch what is hinted at; needs the running event loop."""
+        self._inbox.listen()
+        self._inbox.asked = "start"
+        self._watch_anew()
+
+    def close(self) -> None:
+        """End the hints. What is held without a verdict stays held, for the next start."""
+        if self._tree is not None:
+            self._tree.close()
+            self._tree = None
+
+    async def first(self) -> list[Found]:
+        """List the tree and return what is completed already, the oldest first."""
+        found = await self._round()
+        while self._listing is not None or self._due() <= self._clock():
+            found += await self._round()
+        return sorted(found, key=lambda each: (each.file.mtime_ns, each.file.name))
+
+    async def batches(self, stop: asyncio.Event) -> AsyncIterator[list[Found]]:
+        """Yield what is completed, as it is; once `stop` is set, look a last time, and end."""
+        while not stop.is_set():
+            if found := await self._round():
+                yield found
+            elif self._listing is None:
+                await self._rest(stop, self._due())
+        self._inbox.asked = "stop"
+        end = self._clock() + self._rules.settle
+        while self._inbox.asked == "stop" or self._listing is not None or self._due_candidate() <= end:
+            if found := await self._round():
+                yield found
+            elif self._listing is None:
+                await self._rest(None, min(self._due_candidate(), end))
+
+    # --- the loop ---
+
+    def _due_candidate(self) -> float:
+        return min((hint.candidate.due for hint in self._held.values()), default=float("inf"))
+
+    def _due(self) -> float:
+        """When there is something to do, if nothing comes in before."""
+        return min(self._due_listing(), self._due_candidate())
+
+    def _due_listing(self) -> float:
+        if self._inbox.asked in ("start", "stop"):
+            return self._clock()
+        if self._inbox.asked:  # not without a pause, should there be a reason again and again
+            return min(self._next_listing, self._last_listing + self._rules.settle)
+        return self._next_listing
+
+    async def _rest(self, stop: asyncio.Event | None, until: float) -> None:
+        """Wait for a hint, the stop, or the time."""
+
+        async def pass_on(event: asyncio.Event) -> None:
+            await event.wait()
+            self._inbox.wake.set()
+
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(pass_on(stop)) if stop else None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, min(until - self._clock(), 3600.0))):
+                    await self._inbox.wake.wait()
+            if task is not None:
+                task.cancel()
+
+    async def _round(self) -> list[Found]:
+        """Take in the hints, list some of the tree if that is due, look at some candidates that are due."""
+        self._receive_all()
+        if self._listing is None and self._due_listing() <= self._clock():
+            await self._begin_listing()
+        if self._listing is not None:
+            await self._list_some(self._listing)
+        return await self._judge_some()
+
+    def _receive_all(self) -> None:
+        for mail in self._inbox.empty():
+            self._receive(mail)
+
+    def _receive(self, mail: Hint | Event) -> None:
+        if isinstance(mail, Hint):
+            self._admit(mail)
+        elif isinstance(mail, WatchLost):
+            self._tell_lost(mail.reason)
+        elif not isinstance(mail, Ignored | Failed) or self._told.first(mail):
+            self._tell(mail)
+
+    def _admit(self, hint: Hint) -> None:
+        old = self._held.get(hint.key)
+        self._inbox.held[hint.key] = hint.caught
+        self._held[hint.key] = hint._replace(candidate=merge(old and old.candidate, hint.candidate))
+
+    def _tell_lost(self, reason: str) -> None:
+        if reason != self._lost:
+            self._lost = reason
+            self._tell(WatchLost(reason))
+
+    # --- listings ---
+
+    async def _begin_listing(self) -> None:
+        reason, self._inbox.asked = self._inbox.asked or "interval", ""
+        began = self._clock()
+        anew = await asyncio.to_thread(self._check_watch, reason)
+        seen = walk(self._root, self._rules.wants, enter=self._enter, refused=self._refused)
+        self._listing = _Listing("rewatch" if anew else reason, seen, began)
+
+    def _check_watch(self, reason: str) -> bool:
+        """Watch anew where that is needed; was it? In a thread: a dead mount may block."""
+        inode = inode_of(self._root)
+        alive = self._tree is not None and self._tree.alive and self._tree_inode == inode
+        if inode is None or (alive and reason != "rewatch"):
+            return False
+        self._watch_anew()
+        return self._tree is not None and reason != "start"
+
+    def _watch_anew(self) -> None:
+        self.close()
+        if not self._events:
+            return
+        try:
+            self._tree_inode = inode_of(self._root)
+            self._tree = Tree(self._root, self._inbox)
+            self._tree.watch("")
+        except OSError as error:
+            self._inbox.limited(explain(error))
+
+    def _enter(self, name: str) -> None:
+        if self._tree is not None:
+            self._tree.watch(name)
+
+    def _refused(self, name: str, error: OSError) -> None:
+        self._inbox.refuse(name, f"cannot be listed: {error.strerror}")
+
+    async def _list_some(self, listing: _Listing) -> None:
+        try:
+            more, free = await asyncio.to_thread(self._list, listing)
+        except OSError as error:
+            self._listing, self._last_listing = None, self._clock()
+            self._inbox.asked = "rewatch"
+            self._tell_lost(f"the watch directory cannot be listed: {error.strerror}")
+            return
+        if not more:
+            self._receive_all()
+            now = self._clock()
+            self._listing, self._last_listing, self._next_listing = None, now, now + self._rescan_every
+            self._torn.listed()
+            self._told.listed()
+            took = now - listing.began
+            self._tell(Rescanned(listing.reason, took, listing.files, listing.missed, free))
+
+    def _list(self, listing: _Listing) -> tuple[bool, int]:
+        """List some more, in a thread; is there more?"""
+        n = 0
+        for n, seen in enumerate(islice(listing.seen, _CHUNK), 1):  # noqa: B007
+            listing.files += not seen.link
+            if (seen.name, seen.inode, seen.size, seen.mtime_ns) in self._torn:
+                continue
+            new = self._inbox.take_in(seen, Evidence.FOUND)
+            rested = self._wall() - seen.mtime_ns / 1e9 > self._rules.settle  # its event may be on the way
+            listing.missed += new and rested and listing.reason != "start"
+        return n == _CHUNK, shutil.disk_usage(self._root).free
+
+    # --- verdicts ---
+
+    async def _judge_some(self) -> list[Found]:
+        now = self._clock()
+        due = [hint for hint in self._held.values() if hint.candidate.due <= now]
+        if not due:
+            return []
+        sights = await asyncio.to_thread(lambda: [(hint, self._look(hint)) for hint in due[:_CHUNK]])
+        found: list[Found] = []
+        dropped: list[Caught] = []
+        for hint, sight in sights:
+            verdict = self._decide(hint, sight)
+            if verdict is Verdict.TAKE and isinstance(sight, _Sight):
+                found.append(Found(hint.caught, sight.file))
+            elif verdict is Verdict.TORN:
+                dropped.append(hint.caught)
+            if verdict is not Verdict.WAIT:
+                del self._held[hint.key]
+                self._inbox.judged(hint.key)
+        if dropped:
+            await asyncio.to_thread(self._inbox.let_go, dropped)
+        return found
+
+    def _look(self, hint: Hint) -> _Sight | OSError:
+        """Look at the held bytes, in a thread."""
+        caught = hint.caught
+        name = caught.name
+        try:
+            with self._catcher.open_caught(caught) as file:
+                before = os.fstat(file.fileno())
+                look = look_at(file, name)
+                after = os.fstat(file.fileno())
+        except FileNotFoundError as gone:  # it was handed over, or let go of, just when a new hint came
+            self._inbox.heard(name, hint.candidate.evidence)
+            return gone
+        except OSError as error:
+            return error
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            look = Look("is being written")
+        stands = inode_of(self._root / name) == caught.inode
+        return _Sight(File(name, after.st_size, after.st_mtime_ns), look, stands)
+
+    def _decide(self, hint: Hint, sight: _Sight | OSError) -> Verdict:
+        """Return the verdict; TORN is for everything that is let go, and tells why where nobody knows yet."""
+        name = hint.caught.name
+        if isinstance(sight, FileNotFoundError):
+            return Verdict.TORN
+        if isinstance(sight, OSError):
+            self._receive(Failed("watch", "disk", printable(name), str(sight)))
+            return Verdict.TORN
+        file = sight.file
+        version = (name, hint.caught.inode, file.size, file.mtime_ns)
+        if self._known(file) or version in self._torn:
+            return Verdict.TORN
+        verdict, candidate = judge(
+            hint.candidate, sight.look, file.size, file.mtime_ns, now=self._clock(), rules=self._rules
+        )
+        self._held[hint.key] = hint._replace(candidate=candidate)
+        if verdict is Verdict.TORN and sight.stands and self._torn.first(version):
+            self._tell(Torn(printable(name), sight.look.flaw or ""))
+        return verdict
