@@ -3,8 +3,7 @@
     Pinned     -> Uploading | Stored | Skipped | Superseded | Changed
     Uploading  -> Stored | Pinned | Changed | Superseded
     Stored     -> Committed | Pinned | Superseded
-    Committed  -> Expired
-    Skipped, Superseded, Changed and Expired are ends; new bytes are a new checkpoint with a new id.
+    Committed, Skipped, Superseded and Changed are ends; new bytes are a new checkpoint with a new id.
 
 A file that is not whole is no checkpoint; it is told as `Torn`.
 
@@ -97,11 +96,6 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
-class Expired:
-    """Retention has let it go."""
-
-
-@dataclass(frozen=True, slots=True)
 class Changed:
     """Its bytes changed under us; it is taken up again when it is completed again."""
 
@@ -120,17 +114,16 @@ class Superseded:
     by: Id
 
 
-State = Pinned | Uploading | Stored | Committed | Expired | Changed | Skipped | Superseded
+State = Pinned | Uploading | Stored | Committed | Changed | Skipped | Superseded
 
 NEXT: Mapping[type[State], frozenset[type[State]]] = {
     Pinned: frozenset({Uploading, Stored, Skipped, Superseded, Changed}),
     Uploading: frozenset({Stored, Pinned, Changed, Superseded}),
     Stored: frozenset({Committed, Pinned, Superseded}),
-    Committed: frozenset({Expired}),
+    Committed: frozenset(),
     Skipped: frozenset(),
     Superseded: frozenset(),
     Changed: frozenset(),
-    Expired: frozenset(),
 }
 
 
@@ -410,6 +403,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class NotReady:
+    """Why a trainer must not start (any more)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Rescanned:
     """The watch dir was listed. `reason`: start, interval, overflow, rewatch. `missed`: found by no event."""
 
@@ -433,6 +433,14 @@ class PinnedByDescriptor:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """Retention deleted a durable checkpoint; `where`: bucket or watch dir."""
+
+    name: str
+    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,9 +476,11 @@ Event = (
     | Restored
     | FellBack
     | Ready
+    | NotReady
     | Rescanned
     | WatchLost
     | PinnedByDescriptor
+    | Deleted
     | Draining
     | Drained
 )

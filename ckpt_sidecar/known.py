@@ -1,7 +1,8 @@
 """Which files of the watch dir are on their way or durable, so that none is taken up twice.
 
-A line of `known.jsonl` for each file that became durable: name, size, mtime in ns, id. A line that is lost
-or torn costs one look into the bucket, so none is synced. Names of files that are gone are forgotten.
+A line of `known.jsonl` for each file that is settled: name, size, mtime in ns, and the id under which it is
+durable, or null when it was superseded or skipped. A line that is lost or torn costs one look into the
+bucket, so none is synced. Names of files that are gone are forgotten.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Known:
         with suppress(FileNotFoundError):
             text = self._path.read_text("utf-8", "replace")
         for file, id_ in _lines(text):
-            self._files[file.name], self._durable[file.name] = file, id_
+            self.taken(file)
+            self._note(file, id_)
         self._forget_gone()
-        lines = [_line(self._files[name], id_) for name, id_ in self._durable.items()]
+        lines = [_line(file, self._durable.get(name)) for name, file in self._files.items()]
         self._disk.write_file(self._path, "".join(lines).encode(), sync=False)
 
     def is_known(self, file: File) -> bool:
@@ -50,11 +52,14 @@ class Known:
         if len(self._files) > self._limit:
             self._forget_gone()
 
-    def durable(self, file: File, id_: Id) -> None:
-        """The file is in the bucket, under that id."""
+    def settled(self, file: File, id_: Id | None) -> None:
+        """The file is in the bucket, under that id; or (None) it will not be sent."""
         self._disk.append(self._path, _line(file, id_).encode())
-        if self._files.setdefault(file.name, file) == file:  # else a newer save of the name is on its way
-            self._durable[file.name] = id_
+        self._note(file, id_)
+
+    def _note(self, file: File, id_: Id | None) -> None:
+        if self._files.setdefault(file.name, file) == file and id_ is not None:
+            self._durable[file.name] = id_  # else a newer save of the name is on its way
 
     def forget(self, name: str) -> None:
         """Whatever stands at `name` is to be taken up again."""
@@ -71,12 +76,12 @@ class Known:
         self._limit = 2 * len(self._files) + SLACK
 
 
-def _line(file: File, id_: Id) -> str:
-    return json.dumps([file.name, file.size, file.mtime_ns, str(id_)]) + "\n"
+def _line(file: File, id_: Id | None) -> str:
+    return json.dumps([file.name, file.size, file.mtime_ns, id_ and str(id_)]) + "\n"
 
 
-def _lines(text: str) -> Iterator[tuple[File, Id]]:
+def _lines(text: str) -> Iterator[tuple[File, Id | None]]:
     for line in text.splitlines():
         with suppress(ValueError, TypeError):
             name, size, mtime_ns, id_ = json.loads(line)
-            yield File(str(name), int(size), int(mtime_ns)), Id.parse(id_)
+            yield File(str(name), int(size), int(mtime_ns)), None if id_ is None else Id.parse(id_)

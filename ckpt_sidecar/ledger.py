@@ -26,6 +26,7 @@ from ckpt_sidecar.manifest import (
     Holder,
     Mangled,
     Manifest,
+    UnknownSchema,
     announced,
     claimed,
     committed,
@@ -201,7 +202,10 @@ class Ledger:
 
     async def _look(self, token: str) -> bool:
         """What became of our swap: read back, bring our view up to date, and say whether it won."""
-        seen = await self._read()
+        try:
+            seen = await self._read()
+        except UnknownSchema as error:
+            raise FencedOff(self.generation, f"a newer ckpt-sidecar: {error}") from error
         self._etag = seen.etag
         if seen.manifest is None or self._went_back(seen.manifest):
             # What we saw last is put back by the next try.
@@ -282,6 +286,11 @@ class Ledger:
         await self.swap(change)
         if adopted is not None:
             self._tell(Adopted(adopted.id, adopted.name))
+
+    async def adopt(self, entry: Entry) -> None:
+        """Enter a checkpoint that was found completed but not committed."""
+        await self.commit(entry)
+        self._tell(Adopted(entry.id, entry.name))
 
     # --- a checkpoint's two entries ---
 

@@ -50,9 +50,7 @@ class Settings:
     )
     workers: int = _setting(4, "Parts sent or fetched at a time; memory grows by 8 MiB for each.")
     settle: float = _setting(1.0, "Seconds for which a file written in place must lie still.")
-    rescan_every: float = _setting(
-        30.0, "Seconds between two listings of the watch dir; events come besides."
-    )
+    rescan_every: float = _setting(30.0, "Seconds between two listings of the watch dir; events besides.")
     drain_timeout: float = _setting(
         25.0,
         "Seconds after SIGTERM in which what is not yet durable is sent; keep it under the pod's "

@@ -279,6 +279,7 @@ class Spool:
 
         Returns them, and what could not be pinned with the reason; that stays caught.
         """
+        self.disk.make_dir(self._pins)  # it went with the watch dir, if somebody removed that
         pinned, failed = [], []
         for caught, file in batch:
             try:
@@ -311,11 +312,10 @@ class Spool:
         data = json.dumps(dump_entry(checkpoint)).encode()
         self.disk.write_file(self._pins / f"{checkpoint.id}.json", data, sync=sync)
 
-    def release(self, checkpoint: Checkpoint, *, durable: bool) -> None:
-        """Let go of the pin. `durable`: its file is known from now on, and not taken up again."""
-        if durable:
-            for file in checkpoint.files:
-                self.known.durable(file, checkpoint.id)
+    def release(self, checkpoint: Checkpoint, *, durable_as: Id | None) -> None:
+        """Let go of the pin; its file is known from now on, as durable under that id or as not to be sent."""
+        for file in checkpoint.files:
+            self.known.settled(file, durable_as)
         descriptor = self._pinned_descriptors.pop(checkpoint.id, None)
         if descriptor is not None:
             os.close(descriptor)

@@ -123,9 +123,7 @@ class Watcher:
         self._next_listing = self._last_listing = clock()
         self._torn, self._told = _Once(), _Once()
         self._lost, self._wall = "", wall
-        for caught in already:
-            now = clock()
-            self._admit(Hint(caught, Candidate(Evidence.FOUND, -1, 0, since=now, due=now)))
+        self._already = already
 
     def __repr__(self) -> str:
         return f"<{self._root}: {len(self._held)} files not yet judged; {self._tree or 'no events'}>"
@@ -142,8 +140,15 @@ class Watcher:
             self._tree.close()
             self._tree = None
 
+    def take_back(self, caught: Caught, *, after: float = 0.0) -> None:
+        """Judge a held file anew, `after` so many seconds: its bytes changed, or it could not be taken."""
+        now = self._clock()
+        self._admit(Hint(caught, Candidate(Evidence.FOUND, -1, 0, since=now, due=now + after)))
+        self._inbox.wake.set()
+
     async def first(self) -> list[Found]:
         """List the tree and return what is completed already, the oldest first."""
+        await asyncio.to_thread(self._inbox.take_over, self._already)
         found = await self._round()
         while self._listing is not None or self._due() <= self._clock():
             found += await self._round()
@@ -237,10 +242,12 @@ class Watcher:
 
     def _check_watch(self, reason: str) -> bool:
         """Watch anew where that is needed; was it? In a thread: a dead mount may block."""
-        inode = inode_of(self._root)
-        alive = self._tree is not None and self._tree.alive and self._tree_inode == inode
+        inode, tree = inode_of(self._root), self._tree
+        alive = tree is not None and tree.alive and self._tree_inode == inode
         if inode is None or (alive and reason != "rewatch"):
             return False
+        if tree is not None and not alive and not self._lost:
+            self._inbox.limited("the watch had ended, or the directory is another one now")
         self._watch_anew()
         return self._tree is not None and reason != "start"
 
@@ -251,9 +258,12 @@ class Watcher:
         try:
             self._tree_inode = inode_of(self._root)
             self._tree = Tree(self._root, self._inbox)
-            self._tree.watch("")
         except OSError as error:
             self._inbox.limited(explain(error))
+            return
+        self._tree.watch("")
+        if not self._tree.alive:  # no watch to be had: the tree has said why
+            self.close()
 
     def _enter(self, name: str) -> None:
         if self._tree is not None:
@@ -276,6 +286,8 @@ class Watcher:
             self._listing, self._last_listing, self._next_listing = None, now, now + self._rescan_every
             self._torn.listed()
             self._told.listed()
+            if listing.reason == "rewatch":
+                self._lost = ""
             took = now - listing.began
             self._tell(Rescanned(listing.reason, took, listing.files, listing.missed, free))
 
@@ -294,8 +306,7 @@ class Watcher:
     # --- verdicts ---
 
     async def _judge_some(self) -> list[Found]:
-        now = self._clock()
-        due = [hint for hint in self._held.values() if hint.candidate.due <= now]
+        due = self._due_hints()
         if not due:
             return []
         sights = await asyncio.to_thread(lambda: [(hint, self._look(hint)) for hint in due[:_CHUNK]])
@@ -313,6 +324,21 @@ class Watcher:
         if dropped:
             await asyncio.to_thread(self._inbox.let_go, dropped)
         return found
+
+    def _due_hints(self) -> list[Hint]:
+        """What is to be looked at, in the order in which it was completed.
+
+        A listing has its own order. So what it finds waits until it has ended; and if it is there because
+        events were lost, what is hinted at meanwhile waits as well: it is newer.
+        """
+        now = self._clock()
+        if self._listing is not None and self._listing.reason != "start":
+            hints = [hint for hint in self._held.values() if hint.candidate.evidence is not Evidence.FOUND]
+            hints = hints if self._listing.reason == "interval" else []
+        else:
+            hints = list(self._held.values())
+        due = [hint for hint in hints if hint.candidate.due <= now]
+        return sorted(due, key=lambda hint: hint.candidate.since)
 
     def _look(self, hint: Hint) -> _Sight | OSError:
         """Look at the held bytes, in a thread."""

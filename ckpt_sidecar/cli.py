@@ -1,0 +1,229 @@
+"""The command line: flags and environment into Settings, how a run ended into an exit code.
+
+Heavy modules are imported where they are used, so that `--help`, `latest` and `status` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpt_sidecar import __version__
+from ckpt_sidecar.settings import ENV_PREFIX, BadSetting, Settings
+
+TERMINATION_LOG = Path("/dev/termination-log")
+EPILOG = "After `--`: a command to restore for, run as a child, and drain after. Documentation: README.md."
+
+Decorated = Callable[..., Any]
+
+
+def options(*names: str) -> Callable[[Decorated], Decorated]:
+    """Give a command the flags of these settings; with none named all of them, and it asks for them itself."""
+    chosen = [each for each in fields(Settings) if not names or each.name in names]
+
+    def decorate(command: Decorated) -> Decorated:
+        for each in reversed(chosen):
+            command = _option(each, required=bool(names) and each.default is MISSING)(command)
+        return command
+
+    return decorate
+
+
+def _option(each: Any, *, required: bool) -> Callable[[Decorated], Decorated]:
+    default = None if each.default is MISSING else each.default
+    many, flag = isinstance(default, tuple), isinstance(default, bool)
+    kind = str if default is None or many else type(default)
+    return click.option(
+        f"--{each.name.replace('_', '-')}",
+        each.name,
+        type=None if flag else kind,
+        is_flag=flag,
+        multiple=many,
+        required=required,
+        default=default,
+        show_default=default not in (None, "", False),
+        metavar=each.metadata["metavar"],
+        envvar=ENV_PREFIX + each.name.upper(),
+        show_envvar=True,
+        help=each.metadata["help"],
+    )
+
+
+class Usage(click.ClickException):
+    """A setting cannot be used."""
+
+    exit_code = 2
+
+
+def settings_from(given: dict[str, Any]) -> Settings:
+    """Make the settings, or say on the command line's terms what is wrong with them."""
+    try:
+        return Settings(**{**given, "watch": Path(given["watch"]).absolute()})
+    except BadSetting as error:
+        raise Usage(str(error)) from None
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EPILOG,
+    options_metavar="--watch DIR --bucket BUCKET [OPTIONS]",
+    subcommand_metavar="[-- COMMAND…]\n       ckpt-sidecar COMMAND [ARGS]…",
+)
+@click.version_option(__version__, prog_name="ckpt-sidecar")
+@options()
+@click.pass_context
+def cli(context: click.Context, /, **given: Any) -> None:
+    """Make a training job's checkpoints durable in S3 while it trains; restore the newest on the next node.
+
+    Without a command it runs the sidecar: claim the prefix, restore, be ready, watch, upload; on SIGTERM,
+    drain. With `-- COMMAND` it does the same around that command.
+
+    Exit codes: 0 all is durable; 1 an error; 2 usage; 3 not everything was durable at the drain deadline;
+    4 another sidecar holds the prefix; 5 nothing could be restored although the bucket holds checkpoints.
+    After `--` the command's own code, when it is not 0.
+    """
+    if context.invoked_subcommand is None:
+        for name in ("watch", "bucket"):
+            if not given[name]:
+                raise click.UsageError(f"Missing option '--{name}' (or {ENV_PREFIX}{name.upper()}).", context)
+        from ckpt_sidecar.daemon import run_daemon  # noqa: PLC0415  (the heavy half)
+
+        end = run_daemon(settings_from(given), context.obj or [])
+        _last_words(end.reason)
+        raise SystemExit(int(end.code))
+
+
+def _last_words(reason: str) -> None:
+    """Kubernetes fails no Job for a sidecar's exit code: the reason goes to the termination message too."""
+    if TERMINATION_LOG.exists():
+        TERMINATION_LOG.write_text(reason[:4000], encoding="utf-8")
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+STORE = ("bucket", "prefix", "endpoint_url")
+
+
+@cli.command()
+@options("watch", *STORE, "pattern", "workers", "spool")
+@JSON
+def restore(*, as_json: bool, **given: Any) -> None:
+    """Restore the newest good checkpoint into DIR, once, and print its path.
+
+    For init containers and scripts. Exit codes: 0 restored, kept what was there, or nothing to restore;
+    1 an error; 5 the bucket holds checkpoints and none could be restored.
+    """
+    from ckpt_sidecar.daemon import run_restore  # noqa: PLC0415
+
+    code, told = run_restore(settings_from(given))
+    click.echo(json.dumps(told) if as_json else told["path"] or "")
+    raise SystemExit(int(code))
+
+
+@cli.command("ls")
+@options(*STORE)
+@JSON
+def list_checkpoints(*, as_json: bool, **given: Any) -> None:
+    """List the durable checkpoints, newest first."""
+    from ckpt_sidecar.daemon import read_manifest  # noqa: PLC0415
+
+    settings = settings_from(given | {"watch": "."})
+    entries = read_manifest(settings)
+    if as_json:
+        click.echo(json.dumps(entries, indent=1))
+        return
+    for each in entries:
+        click.echo(f"{each['id']:>10}  {each['saved_at'][:19]}Z  {each['size']:>15,}  {each['name']}")
+
+
+@cli.command()
+@options("watch")
+@JSON
+def status(*, as_json: bool, watch: str) -> None:
+    """Ask the running sidecar how things stand; exit code 0 when all is durable, 3 when not yet."""
+    told = _ask(Path(watch))
+    click.echo(json.dumps(told, indent=1) if as_json else _in_words(told))
+    raise SystemExit(3 if told["queue"] else 0)
+
+
+@cli.command()
+@options("watch", "pattern")
+@JSON
+def latest(*, as_json: bool, watch: str, pattern: Sequence[str]) -> None:
+    """Print the path of the newest whole checkpoint in DIR, for --resume; exit code 1 without one."""
+    from ckpt_sidecar.formats import Rules  # noqa: PLC0415
+    from ckpt_sidecar.latest import newest_whole  # noqa: PLC0415
+
+    path = newest_whole(Path(watch), Rules(tuple(pattern)))
+    if as_json:
+        click.echo(json.dumps({"path": None if path is None else str(path)}))
+    elif path is not None:
+        click.echo(str(path))
+    raise SystemExit(0 if path is not None else 1)
+
+
+@cli.command()
+@options("watch")
+@click.argument("name", required=False)
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
+@JSON
+def wait(*, as_json: bool, watch: str, name: str | None, timeout: float) -> None:
+    """Wait until all checkpoints, or the one called NAME, are durable; 3 when they are not in time."""
+    import time  # noqa: PLC0415
+
+    deadline = time.monotonic() + timeout
+    while True:
+        told = _ask(Path(watch))
+        left = [each["name"] for each in told["queue"] if name in (None, each["name"])]
+        if not left or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    click.echo(json.dumps({"not_durable": left}) if as_json else "\n".join(left), nl=bool(left) or as_json)
+    raise SystemExit(3 if left else 0)
+
+
+def _ask(watch: Path) -> dict[str, Any]:
+    """The running sidecar's own account, found through the spool."""
+    import urllib.request  # noqa: PLC0415
+
+    record = watch / ".ckpt-sidecar" / "spool.json"
+    try:
+        address = json.loads(record.read_bytes())["address"]
+        with urllib.request.urlopen(f"http://{address}/status.json", timeout=5) as answer:
+            told: dict[str, Any] = json.load(answer)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise click.ClickException(
+            f"no sidecar answers for {watch}: {error} (is it running, with this --watch?)"
+        ) from None
+    return told
+
+
+def _in_words(told: dict[str, Any]) -> str:
+    newest = told["newest"]
+    lines = [
+        f"{told['state']}: {told['reason']}" if told["reason"] else told["state"],
+        f"newest durable: {newest['name']} ({newest['size']:,} bytes)"
+        if newest
+        else "nothing is durable yet",
+        f"lag: {told['lag_seconds']:.1f} s, {len(told['queue'])} on their way",
+    ]
+    lines += [f"  {each['name']}  {each['state']}" for each in told["queue"]]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; what stands after `--` is the child's."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    child: list[str] = []
+    if "--" in words:
+        at = words.index("--")
+        words, child = words[:at], words[at + 1 :]
+        if not child:
+            raise SystemExit("ckpt-sidecar: nothing stands after --: give the command to run")
+    cli.main(args=words, prog_name="ckpt-sidecar", obj=child)

@@ -1,0 +1,276 @@
+"""The composition root: the real bucket, disk, clock and chance, put together and run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import random
+import secrets
+import signal
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckpt_sidecar import __version__
+from ckpt_sidecar.bucket import PART_BYTES, BucketError, Missing
+from ckpt_sidecar.checkpoint import Book, Event, Failed, Progress
+from ckpt_sidecar.child import FORWARDED, STOPS, CannotRun, Child
+from ckpt_sidecar.formats import flaw_of
+from ckpt_sidecar.landing import Landing, NoRoom
+from ckpt_sidecar.ledger import Ledger, Times
+from ckpt_sidecar.log import Log, configure, default_stream, on_terminal
+from ckpt_sidecar.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Holder,
+    Mangled,
+    UnknownSchema,
+    dump_entry,
+    parse,
+)
+from ckpt_sidecar.metrics import Metrics
+from ckpt_sidecar.patience import PatientBucket
+from ckpt_sidecar.restorer import NothingRestored, Restorer
+from ckpt_sidecar.s3 import S3Bucket
+from ckpt_sidecar.settings import Settings, attempt_of
+from ckpt_sidecar.sidecar import End, Exit, Sidecar, World
+from ckpt_sidecar.spool import Spool, SpoolError
+from ckpt_sidecar.web import CannotListen, Status, serve
+
+Tell = Callable[[Event], None]
+
+
+def _times() -> Times:
+    return Times(
+        wall=time.time_ns,
+        sleep=asyncio.sleep,
+        chance=random.random,
+        token=lambda: secrets.token_hex(16),
+    )
+
+
+def _attempt(host: str) -> str:
+    """Which run of the job this is, as the environment tells."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        boot_id = "unknown-boot"
+    return attempt_of(os.environ, host=host, boot_id=boot_id)
+
+
+def _me(settings: Settings) -> Holder:
+    host = socket.gethostname()
+    return Holder("", settings.attempt or _attempt(host), host, os.getpid(), time.time_ns())
+
+
+def _start_log(settings: Settings) -> Log:
+    stream = default_stream()
+    terminal = on_terminal(stream)
+    readable = settings.log_format == "console" or (settings.log_format == "auto" and terminal)
+    configure(stream, readable=readable, colors=terminal and "NO_COLOR" not in os.environ)
+    return Log(seconds=time.monotonic)
+
+
+@asynccontextmanager
+async def _bucket(settings: Settings, tell: Tell) -> AsyncIterator[PatientBucket]:
+    async with S3Bucket.open(
+        settings.bucket,
+        endpoint_url=settings.endpoint_url or None,
+        workers=settings.workers,
+        part_bytes=PART_BYTES,
+        tell=tell,
+    ) as bucket:
+        yield PatientBucket(bucket, sleep=asyncio.sleep, chance=random.random, tell=tell)
+
+
+@contextmanager
+def _spool(settings: Settings, tell: Tell) -> Iterator[Spool]:
+    """The opened spool; what cannot be used is said, and ends the program."""
+    spool = Spool(settings.watch, home=Path(settings.spool) if settings.spool else None)
+    try:
+        complaints = spool.open(new_id=uuid.uuid4().hex)
+    except SpoolError as error:
+        raise click.ClickException(str(error)) from None
+    for complaint in complaints:
+        tell(Failed("start", "disk", str(spool.home), complaint))
+    try:
+        yield spool
+    finally:
+        spool.close()
+
+
+# --- the daemon --------------------------------------------------------------------------------------
+
+
+def run_daemon(settings: Settings, command: Sequence[str]) -> End:
+    """Run one sidecar's life, around `command` if there is one; return how it ended."""
+    log = _start_log(settings)
+    book = Book()
+    readers: list[Tell] = [log.tell]
+
+    def tell(event: Event) -> None:
+        for reader in readers:
+            reader(event)
+
+    with _spool(settings, tell) as spool:
+        try:
+            return asyncio.run(_daemon(settings, command, spool=spool, book=book, readers=readers, tell=tell))
+        except BaseExceptionGroup as group:
+            error = _leaf(group)
+            if isinstance(error, CannotRun | CannotListen):
+                raise click.ClickException(str(error)) from None
+            raise
+
+
+async def _daemon(
+    settings: Settings, command: Sequence[str], *, spool: Spool, book: Book, readers: list[Tell], tell: Tell
+) -> End:
+    metrics = Metrics(version=__version__, python=platform.python_version(), clock=time.time, book=book)
+    status = Status(
+        version=__version__,
+        bucket=settings.bucket,
+        prefix=settings.prefix,
+        watch=str(settings.watch),
+        book=book,
+    )
+    readers += [metrics.tell, status.tell]
+    host, port = settings.address()
+
+    def bound(port: int) -> None:
+        spool.serving(address=f"{_reachable(host)}:{port}", pid=os.getpid())
+
+    async with _bucket(settings, tell) as bucket:
+        world = World(bucket, _times(), time.monotonic, _me(settings), tell)
+        sidecar = Sidecar(settings, world, spool, book)
+        child = Child(command, grace=settings.drain_timeout) if command else None
+        with _signals(sidecar, child):
+            return await sidecar.run(
+                lambda: serve(host, port, status=status, metrics=metrics, now=time.time, on_bound=bound),
+                child,
+            )
+
+
+def _reachable(host: str) -> str:
+    """Where a neighbour on this host finds a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+
+
+@contextmanager
+def _signals(sidecar: Sidecar, child: Child | None) -> Iterator[None]:
+    """The first stop signal drains, the second ends; with a child they are the child's, and its end drains."""
+    loop = asyncio.get_running_loop()
+
+    def take(number: signal.Signals) -> None:
+        if child is not None and child.send(number):
+            return
+        if number in STOPS and sidecar.stop.is_set():
+            sidecar.hurry.set()
+        elif number in STOPS:
+            sidecar.stop.set()
+
+    taken = FORWARDED if child is not None else tuple(STOPS)
+    for number in taken:
+        loop.add_signal_handler(number, take, number)
+    try:
+        yield
+    finally:
+        for number in taken:
+            loop.remove_signal_handler(number)
+
+
+def _leaf(group: BaseExceptionGroup[Any]) -> BaseException:
+    """The first single error inside a group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+# --- one-shot commands -------------------------------------------------------------------------------
+
+
+def run_restore(settings: Settings) -> tuple[Exit, dict[str, Any]]:
+    """Restore once, without claiming the prefix; return the exit code and what was done."""
+    log = _start_log(settings)
+    tell = _with_progress(log.tell) if on_terminal(default_stream()) else log.tell
+    with _spool(settings, tell) as spool:
+        return asyncio.run(_restore(settings, spool, tell))
+
+
+async def _restore(settings: Settings, spool: Spool, tell: Tell) -> tuple[Exit, dict[str, Any]]:
+    landing = Landing(settings.watch)
+    landing.clear()
+    async with _bucket(settings, tell) as bucket:
+        restorer = Restorer(
+            bucket,
+            landing,
+            remember=spool.known.settled,
+            workers=settings.workers,
+            part_bytes=PART_BYTES,
+            flaw_of=flaw_of,
+            seconds=time.monotonic,
+            tell=tell,
+        )
+        try:
+            manifest = await Ledger(bucket, prefix=settings.prefix, times=_times(), tell=tell).load()
+            outcome = await restorer.restore(manifest)
+        except NothingRestored as error:
+            return Exit.NOTHING_RESTORED, {"outcome": "failed", "path": None, "error": str(error)}
+        except (BucketError, UnknownSchema, NoRoom) as error:
+            raise click.ClickException(str(error)) from None
+    entry = outcome.entry
+    return Exit.DURABLE, {
+        "outcome": outcome.word,
+        "path": None if outcome.path is None else str(outcome.path),
+        "checkpoint": None if entry is None else dump_entry(entry, bucket=settings.bucket),
+    }
+
+
+def _with_progress(tell: Tell) -> Tell:
+    """A progress bar for what comes down, in place of its log lines."""
+    bars: dict[str, Any] = {}
+
+    def told(event: Event) -> None:
+        if not isinstance(event, Progress):
+            tell(event)
+            return
+        bar = bars.get(event.name)
+        if bar is None:
+            bar = bars[event.name] = click.progressbar(
+                length=event.total, label=event.name, file=default_stream()
+            )
+        bar.update(event.bytes)
+        if event.done >= event.total:
+            bar.render_finish()
+            del bars[event.name]
+
+    return told
+
+
+def read_manifest(settings: Settings) -> list[dict[str, Any]]:
+    """Return the entries of `latest.json`, newest first, as they stand there."""
+    return asyncio.run(_read_manifest(settings))
+
+
+async def _read_manifest(settings: Settings) -> list[dict[str, Any]]:
+    def tell(_event: Event) -> None:
+        """Nobody listens."""
+
+    async with _bucket(settings, tell) as bucket:
+        try:
+            raw, _ = await bucket.get(settings.prefix + MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
+            manifest = parse(raw, prefix=settings.prefix)
+        except Missing as error:
+            if error.reason == "key":
+                return []
+            raise click.ClickException(str(error)) from None
+        except (BucketError, UnknownSchema, Mangled) as error:
+            raise click.ClickException(f"{MANIFEST_NAME}: {error}") from None
+    return [dump_entry(each, bucket=settings.bucket) for each in manifest.checkpoints]

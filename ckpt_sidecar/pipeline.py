@@ -1,0 +1,317 @@
+"""The way of a checkpoint from found to durable: take-in, the workers, retention.
+
+`_make_durable` is the product: upload, commit, and only then let the pin go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ckpt_sidecar.bucket import BucketError, ObjectRef, Unreachable
+from ckpt_sidecar.checkpoint import (
+    Book,
+    Changed,
+    Checkpoint,
+    Committed,
+    Deleted,
+    Event,
+    Failed,
+    Id,
+    Moved,
+    Pinned,
+    PinnedByDescriptor,
+    Retrying,
+    Skipped,
+    Stored,
+    Superseded,
+    advance,
+)
+from ckpt_sidecar.landing import Landing
+from ckpt_sidecar.ledger import Ledger, Times
+from ckpt_sidecar.manifest import Entry
+from ckpt_sidecar.patience import PatientBucket
+from ckpt_sidecar.policy import Skip, Step, Supersede, expired_local, next_step, retry_delay
+from ckpt_sidecar.spool import Spool
+from ckpt_sidecar.uploader import Uploader
+from ckpt_sidecar.watcher import Found, Watcher
+
+LOCAL_TROUBLE_REST = 5.0  # seconds; a disk that is full or failing is not asked every moment
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What retention keeps, in the watch dir and in the bucket; 0 keeps all."""
+
+    local: int = 0
+    remote: int = 0
+
+
+class Pipeline:
+    """All checkpoints on their way, and the tasks that move them. One event loop owns it."""
+
+    def __init__(
+        self,
+        bucket: PatientBucket,
+        spool: Spool,
+        *,
+        landing: Landing,
+        ledger: Ledger,
+        watcher: Watcher,
+        book: Book,
+        prefix: str,
+        part_bytes: int,
+        workers: int,
+        keep: Keep,
+        times: Times,
+        seconds: Callable[[], float],
+        tell: Callable[[Event], None],
+    ) -> None:
+        self.book = book
+        self._bucket = bucket
+        self._spool = spool
+        self._landing = landing
+        self._ledger = ledger
+        self._watcher = watcher
+        self._prefix = prefix
+        self._workers = workers
+        self._keep = keep
+        self._times = times
+        self._seconds = seconds
+        self._tell = tell
+        self._uploader = Uploader(
+            bucket,
+            spool,
+            ledger,
+            prefix=prefix,
+            part_bytes=part_bytes,
+            workers=workers,
+            moved=self.moved,
+            tell=tell,
+        )
+        self._busy: set[str] = set()
+        self._resting: dict[Id, float] = {}
+        self._tries: dict[Id, int] = {}
+        self._began: dict[Id, float] = {}
+        self._all_taken_in = False
+        self._woken = asyncio.Event()
+        self._retention_due = asyncio.Event()
+
+    def moved(self, checkpoint: Checkpoint) -> None:
+        """Note and tell that a checkpoint is in a new state; the effect has happened."""
+        self.book.put(checkpoint)
+        began = self._began.get(checkpoint.id)
+        took = 0.0 if began is None else self._seconds() - began
+        self._tell(Moved(checkpoint, self._times.wall() / 1e9, took))
+
+    # --- take-in ---
+
+    def recover(self) -> None:
+        """Take up what a predecessor left in the spool."""
+        found = self._spool.recover()
+        for what, error in found.broken:
+            self._tell(Failed("pin", "disk", what, error))
+        for checkpoint in found.checkpoints:
+            if isinstance(checkpoint.state, Pinned):
+                self._uploader.doubt(checkpoint.name)  # killed between create and journal?
+            self.moved(checkpoint)
+        for caught in found.caught:
+            self._watcher.take_back(caught)
+
+    async def pin(self, batch: Sequence[Found]) -> None:
+        """Make checkpoints of what was found, durably queued."""
+        ordered = sorted(batch, key=lambda each: each.file.mtime_ns)
+        pinned, failed = await asyncio.to_thread(
+            self._spool.pin, [(each.caught, each.file) for each in ordered]
+        )
+        for each in ordered:
+            if each.caught.descriptor is not None:
+                self._tell(PinnedByDescriptor(each.file.name, "no hard link could be made"))
+        for caught, error in failed:
+            self._tell(Failed("pin", "disk", caught.name, str(error), "make room on the watch dir's disk"))
+            self._watcher.take_back(caught, after=LOCAL_TROUBLE_REST)
+        for checkpoint in pinned:
+            self.moved(checkpoint)
+        self._wake()
+
+    async def take_in(self, stop: asyncio.Event) -> None:
+        """Pin whatever the watcher finds, until the stop, and what it finds in its last look."""
+        async for batch in self._watcher.batches(stop):
+            await self.pin(batch)
+        self._all_taken_in = True
+        self._wake()
+
+    # --- the workers ---
+
+    async def work(self) -> None:
+        """Move checkpoints until all is taken in and nothing is on its way."""
+        while not self._all_taken_in or len(self.book):
+            step = self._next()
+            if step is None:
+                await self._until_woken()
+                continue
+            self._busy.add(step.checkpoint.name)
+            try:
+                await self._do(step)
+            except (BucketError, OSError) as error:
+                self._rest(step.checkpoint.id, step.checkpoint.name, error)
+            finally:
+                self._busy.discard(step.checkpoint.name)
+                self._wake()
+
+    def _next(self) -> Step | None:
+        return next_step(
+            self.book,
+            busy=self._busy,
+            resting=self._resting,
+            now=self._seconds(),
+            keep_remote=self._keep.remote,
+            durable=[each.id for each in self._ledger.manifest.checkpoints],
+        )
+
+    async def _do(self, step: Step) -> None:
+        checkpoint = step.checkpoint
+        if isinstance(step, Supersede):
+            await self._supersede(checkpoint, step.by, durable_as=None)
+        elif isinstance(step, Skip):
+            self.moved(advance(checkpoint, Skipped(step.because)))
+            await self._release(checkpoint, durable_as=None)
+        else:
+            await self._make_durable(checkpoint)
+
+    async def _make_durable(self, checkpoint: Checkpoint) -> None:
+        """Upload, commit, release: in this order, each only when the one before has succeeded."""
+        listed = self._ledger.manifest.entry_of(checkpoint.name)
+        if listed is not None and (listed.id > checkpoint.id or _same_bytes(checkpoint, listed)):
+            same = listed.id if _same_bytes(checkpoint, listed) else None
+            await self._supersede(checkpoint, listed.id, durable_as=same)
+            return
+        self._began.setdefault(checkpoint.id, self._seconds())
+        if not isinstance(checkpoint.state, Stored):
+            seen = listed.objects[0] if listed is not None else None
+            try:
+                checkpoint = await self._uploader.upload(checkpoint, seen)
+            except FileNotFoundError as error:
+                await self._lose(checkpoint, error)
+                return
+        match checkpoint.state:
+            case Stored(objects):
+                await self._commit(checkpoint, objects)
+            case Changed():
+                await self._take_up_again(checkpoint)
+            case _:
+                await self._release(checkpoint, durable_as=None)
+
+    async def _commit(self, checkpoint: Checkpoint, objects: tuple[ObjectRef, ...]) -> None:
+        entry = Entry(checkpoint.id, checkpoint.name, objects, checkpoint.saved_at, self._times.wall())
+        await self._ledger.commit(entry)
+        self.moved(advance(checkpoint, Committed(objects)))
+        await self._release(checkpoint, durable_as=checkpoint.id)
+        self._retention_due.set()
+
+    async def _supersede(self, checkpoint: Checkpoint, by: Id, *, durable_as: Id | None) -> None:
+        await self._uploader.abandon(checkpoint, Superseded(by))
+        await self._release(checkpoint, durable_as=durable_as)
+
+    async def _take_up_again(self, checkpoint: Checkpoint) -> None:
+        self._forget_times(checkpoint.id)
+        caught = await asyncio.to_thread(self._spool.reconsider, checkpoint)
+        if caught is not None:
+            self._watcher.take_back(caught)
+
+    async def _lose(self, checkpoint: Checkpoint, error: OSError) -> None:
+        """Somebody removed the pinned bytes from the disk: nobody can send them any more."""
+        self._tell(
+            Failed(
+                "pin", "disk", checkpoint.name, str(error), "do not remove .ckpt-sidecar from the watch dir"
+            )
+        )
+        ended = await self._uploader.abandon(self.book.checkpoints[checkpoint.id], Changed())
+        await self._release(ended, durable_as=None)
+
+    async def _release(self, checkpoint: Checkpoint, *, durable_as: Id | None) -> None:
+        self._forget_times(checkpoint.id)
+        await asyncio.to_thread(self._spool.release, checkpoint, durable_as=durable_as)
+
+    def _forget_times(self, id_: Id) -> None:
+        for times in (self._tries, self._resting, self._began):
+            times.pop(id_, None)
+
+    def _rest(self, id_: Id, name: str, error: BucketError | OSError) -> None:
+        """Leave this one alone for a while, and let others go first."""
+        tries = self._tries[id_] = int(self._tries.get(id_, 0)) + 1
+        delay = retry_delay(tries, chance=self._times.chance(), base=1.0)
+        if isinstance(error, Unreachable):
+            self._tell(Retrying("upload", error.reason, delay, str(error)))
+        elif isinstance(error, BucketError):
+            self._tell(Failed("upload", error.reason, name, str(error.args[0]), error.hint))
+        else:
+            delay = max(delay, LOCAL_TROUBLE_REST)
+            self._tell(Failed("pin", "disk", name, str(error), "look at the watch dir's disk"))
+        self._resting[id_] = self._seconds() + delay
+
+    def _wake(self) -> None:
+        self._woken.set()
+        self._woken = asyncio.Event()
+
+    async def _until_woken(self) -> None:
+        """Wait until something has changed, or the first that rests has rested."""
+        now = self._seconds()
+        soonest = min((at for at in self._resting.values() if at > now), default=None)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if soonest is None else soonest - now):
+                await self._woken.wait()
+
+    # --- retention ---
+
+    async def retain(self) -> None:
+        """Delete what retention lets go, after every commit; for ever."""
+        while True:
+            await self._retention_due.wait()
+            self._retention_due.clear()
+            await self.retain_once()
+
+    async def retain_once(self) -> None:
+        """Delete what retention lets go now. What is not durable, and the newest, are never let go."""
+        try:
+            if self._keep.remote:
+                await self._retain_remote()
+            await asyncio.to_thread(self._retain_local)
+        except (BucketError, OSError) as error:
+            reason = error.reason if isinstance(error, BucketError) else "disk"
+            self._tell(Failed("retention", reason, self._prefix, str(error)))
+
+    async def _retain_remote(self) -> None:
+        held: set[str] = set()
+
+        def spare(key: str) -> bool:
+            name = key.removeprefix(self._prefix)
+            if name in self._busy:
+                return True
+            held.add(name)
+            self._busy.add(name)  # no save of that name may begin while its old object is deleted
+            return False
+
+        try:
+            gone = await self._ledger.expire(self._keep.remote, spare=spare)
+        finally:
+            self._busy -= held
+            self._wake()
+        for each in gone:
+            self._tell(Deleted(each.key.removeprefix(self._prefix), "bucket"))
+
+    def _retain_local(self) -> None:
+        files = self._spool.known.durable_files()
+        newest = self._ledger.manifest.newest
+        names = {id_: file.name for id_, file in files.items()}
+        for id_ in expired_local(names, keep=self._keep.local, newest=newest.id if newest else None):
+            if self._landing.delete(files[id_]):
+                self._tell(Deleted(files[id_].name, "watch dir"))
+            self._spool.known.forget(files[id_].name)
+
+
+def _same_bytes(checkpoint: Checkpoint, listed: Entry) -> bool:
+    """Is it the very file that the manifest lists: restored, or found again by a spool that was wiped?"""
+    return (listed.size, listed.saved_at) == (checkpoint.size, checkpoint.saved_at)

@@ -1,0 +1,192 @@
+"""`/metrics`, `/healthz`, `/readyz` and `/status.json`: read-only, a reader of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from ckpt_sidecar.checkpoint import (
+    Book,
+    Claimed,
+    Committed,
+    Drained,
+    Draining,
+    Event,
+    Fenced,
+    Moved,
+    NotReady,
+    Probed,
+    Progress,
+    Ready,
+    Restored,
+    state_name,
+    step_of,
+)
+from ckpt_sidecar.metrics import CONTENT_TYPE, Metrics
+
+SCHEMA = 1
+CLIENT_SECONDS = 10  # a client that does not read or ask for so long is dropped
+
+
+class CannotListen(Exception):
+    """The address to listen on cannot be had; the message names it and the mend."""
+
+
+class Status:
+    """How things stand, as `/status.json` tells it. `state`: starting, ready, draining, fenced, stopped."""
+
+    def __init__(self, *, version: str, bucket: str, prefix: str, watch: str, book: Book) -> None:
+        self.ready = False
+        self.reason = "has not claimed the prefix yet"
+        self._fixed = {"schema": SCHEMA, "version": version, "watch": watch}
+        self._bucket = bucket
+        self._prefix = prefix
+        self._book = book
+        self._state = "starting"
+        self._generation = 0
+        self._abilities: dict[str, bool] = {}
+        self._newest: dict[str, Any] | None = None
+        self._newest_order = (0, 0)
+        self._committed = 0
+        self._done: dict[str, int] = {}
+
+    def tell(self, event: Event) -> None:  # noqa: C901  (a table, one line for each event)
+        """Take the event in."""
+        match event:
+            case Moved():
+                self._moved(event)
+            case Progress():
+                self._done[event.name] = event.done
+            case Probed():
+                self._abilities = {
+                    name: getattr(event.abilities, name) for name in event.abilities.__dataclass_fields__
+                }
+            case Claimed():
+                self._generation = event.generation
+                self.reason = "is restoring"
+            case Restored() if event.id is not None and event.outcome != "failed":
+                self._note_newest(
+                    (event.id.generation, event.id.sequence), event.name or "", event.bytes, None
+                )
+            case Ready():
+                self.ready, self.reason, self._state = True, "", "ready"
+            case NotReady():
+                self.ready, self.reason = False, event.reason
+            case Fenced():
+                self.ready, self._state = False, "fenced"
+            case Draining():
+                self._state = "draining"
+            case Drained():
+                self._state = "stopped"
+            case _:
+                pass
+
+    def _moved(self, event: Moved) -> None:
+        it = event.checkpoint
+        if not it.waiting:
+            self._done.pop(it.name, None)
+        if isinstance(it.state, Committed):
+            self._committed += 1
+            self._note_newest((it.id.generation, it.id.sequence), it.name, it.size, event.at)
+            if self._newest is not None and self._newest["name"] == it.name:
+                self._newest["saved_at"] = _text(it.saved_at / 1e9)
+
+    def _note_newest(self, order: tuple[int, int], name: str, size: int, at: float | None) -> None:
+        if order < self._newest_order:
+            return
+        self._newest_order = order
+        self._newest = {
+            "id": f"{order[0]}-{order[1]}",
+            "name": name,
+            "size": size,
+            "step": step_of(name),
+            "stored_at": None if at is None else _text(at),
+            "uri": f"s3://{self._bucket}/{self._prefix}{name}",
+        }
+
+    def as_dict(self, now: float) -> dict[str, Any]:
+        """Return it all as plain values; `now` in seconds since the epoch."""
+        return self._fixed | {
+            "state": self._state,
+            "ready": self.ready,
+            "reason": self.reason,
+            "bucket": self._bucket,
+            "prefix": self._prefix,
+            "generation": self._generation,
+            "store": self._abilities,
+            "newest": self._newest,
+            "committed": self._committed,
+            "lag_seconds": round(self._book.lag(now), 3),
+            "queue": [
+                {
+                    "id": str(each.id),
+                    "name": each.name,
+                    "size": each.size,
+                    "sent": self._done.get(each.name, 0),
+                    "state": state_name(each.state),
+                }
+                for each in self._book
+            ],
+        }
+
+
+def _text(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat().replace("+00:00", "Z")
+
+
+async def serve(
+    host: str,
+    port: int,
+    *,
+    status: Status,
+    metrics: Metrics,
+    now: Callable[[], float],
+    on_bound: Callable[[int], None],
+) -> None:
+    """Answer on the address until cancelled; `on_bound` is told the port (port 0 takes a free one).
+
+    Raises CannotListen.
+    """
+    from aiohttp import web  # noqa: PLC0415  (half a second to import)
+
+    async def show_metrics(_request: web.Request) -> web.Response:
+        return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def show_health(_request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def show_ready(_request: web.Request) -> web.Response:
+        if status.ready:
+            return web.Response(text="ready\n")
+        return web.Response(status=503, text=f"not ready: {status.reason}\n")
+
+    async def show_status(_request: web.Request) -> web.Response:
+        return web.json_response(status.as_dict(now()))
+
+    app = web.Application(client_max_size=1024)
+    app.router.add_get("/metrics", show_metrics)
+    app.router.add_get("/healthz", show_health)
+    app.router.add_get("/readyz", show_ready)
+    app.router.add_get("/status.json", show_status)
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, keepalive_timeout=CLIENT_SECONDS, shutdown_timeout=1.0
+    )
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port)
+        await _listen(site.start(), host, port)
+        on_bound(runner.addresses[0][1])
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+
+
+async def _listen(starting: Any, host: str, port: int) -> None:
+    try:
+        await starting
+    except OSError as error:
+        raise CannotListen(
+            f"cannot listen on {host}:{port}: {error.strerror} (choose another --listen)"
+        ) from error
