@@ -1,0 +1,243 @@
+"""The bytes of parts, up and down: a few worker threads, each with one buffer of its own that it reuses.
+
+What goes up is checked before it leaves, what comes down as it arrives. Memory is the number of threads
+times the buffer, however large a part is. A buffer is filled and sent by one and the same thread, so it is
+never refilled under a living socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+from ckpt_sidecar.bucket import KIB, Conflict, Corrupt, Sink, Source, Span, crc64, encode_crc64
+
+T = TypeVar("T")
+PIECE_BYTES = 256 * KIB  # one read or write of the socket: timeouts count, and a stop is seen, between two
+
+
+class Stopped(Exception):
+    """Whoever waited for this body was cancelled; nobody gets to see it."""
+
+
+class Checks:
+    """The checksums of bytes that are about to leave, as the store is told them."""
+
+    def __init__(self, *, crc64nvme: bool, md5: bool) -> None:
+        self._declare_crc = crc64nvme
+        self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
+        self.crc = 0
+
+    def add(self, block: bytes | memoryview) -> None:
+        """Go on with these bytes."""
+        self.crc = crc64(block, self.crc)
+        if self._md5:
+            self._md5.update(block)
+
+    def headers(self) -> dict[str, str]:
+        """Return what to declare."""
+        headers = {"ChecksumCRC64NVME": encode_crc64(self.crc)} if self._declare_crc else {}
+        if self._md5:
+            headers["ContentMD5"] = base64.b64encode(self._md5.digest()).decode("ascii")
+        return headers
+
+
+class Body:
+    """A run of a source, to be sent piece by piece out of the buffer, with no copy of it anywhere.
+
+    A run longer than the buffer is read twice: for its checksum, then to be sent.
+    """
+
+    def __init__(self, source: Source, span: Span, buffer: memoryview, stop: threading.Event) -> None:
+        self._source = source
+        self._span = span
+        self._buffer = buffer
+        self._stop = stop
+        self._held = False  # the buffer holds all of it
+        self._crcs: list[int] = []  # of everything up to the end of each buffer's worth
+        self.failure: Exception | None = None  # botocore would hide it behind an error of its own
+
+    def read_through(self, checks: Checks) -> None:
+        """Read it all once, for its checksums."""
+        for block in self._blocks():
+            checks.add(block)
+            self._crcs.append(checks.crc)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        try:
+            yield from self._pieces()
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _pieces(self) -> Iterator[memoryview]:
+        crc = 0
+        for block, expected in zip(self._blocks(), self._crcs, strict=True):
+            crc = expected if self._held else crc64(block, crc)
+            if crc != expected:
+                raise Corrupt(f"part {self._span.number}: the bytes on the disk changed while they were sent")
+            for start in range(0, len(block), PIECE_BYTES):
+                _check(self._stop)
+                yield block[start : start + PIECE_BYTES]
+
+    def _blocks(self) -> Iterator[memoryview]:
+        """Yield all bytes, a buffer's worth at a time."""
+        for start in range(0, self._span.size, len(self._buffer)):
+            _check(self._stop)
+            block = self._buffer[: self._span.size - start]
+            if not self._held:
+                self._read(start, block)
+            yield block
+
+    def _read(self, start: int, block: memoryview) -> None:
+        count = self._source.read_into(self._span.offset + start, block)
+        if count < len(block):
+            raise Corrupt(f"part {self._span.number}: the source came {len(block) - count} bytes short")
+        self._held = len(block) == self._span.size
+
+
+class Held:
+    """Bytes at hand, as a source."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        """Fill the view."""
+        found = self._body[offset : offset + len(view)]
+        view[: len(found)] = found
+        return len(found)
+
+
+class BodyThreads:
+    """Sends and fetches bodies through a boto3 client; errors come out as it, source or sink raise them.
+
+    A body is put into the request when that is signed and about to leave. Given as `Body=`, bytes would be
+    wrapped as a file (100-continue, 16 KiB writes), awscrt's signer would copy a bytearray, and all of it
+    would have to leave within one timeout.
+    """
+
+    def __init__(self, client: Any, *, workers: int, buffer_bytes: int) -> None:
+        self._client = client
+        client.meta.events.register("before-send.s3", self._put_in)
+        self._buffer_bytes = buffer_bytes
+        self._own = threading.local()
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="body")
+
+    def close(self) -> None:
+        """End the threads; none is at work any more, for every await of one was waited for."""
+        self._threads.shutdown()
+
+    async def send(
+        self, operation: str, source: Source, span: Span, *, checks: Checks, arguments: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], int]:
+        """Send one run of the source; return the store's answer and the CRC64NVME of what was sent."""
+
+        def work(buffer: memoryview, stop: threading.Event) -> tuple[dict[str, Any], int]:
+            body = Body(source, span, buffer, stop)
+            body.read_through(checks)
+            ask = getattr(self._client, operation)
+            with self._sending(body):
+                return ask(ContentLength=span.size, **checks.headers(), **arguments), checks.crc
+
+        return await self._run(work)
+
+    async def fetch(self, sink: Sink, span: Span, *, etag: str, arguments: Mapping[str, Any]) -> int:
+        """Read one run of the object into the sink; return its CRC64NVME."""
+
+        def work(buffer: memoryview, stop: threading.Event) -> int:
+            answer = self._client.get_object(Range=f"bytes={span.offset}-{span.end - 1}", **arguments)
+            try:
+                to_skip = _to_skip(answer, span, etag)
+                return _pour(answer["Body"], span, sink, buffer[:PIECE_BYTES], to_skip, stop)
+            finally:
+                answer["Body"].close()  # keeps the connection if all was read, else gives it up
+
+        return await self._run(work)
+
+    async def _run(self, work: Callable[[memoryview, threading.Event], T]) -> T:
+        """Run it in a thread. Cancelling waits until the thread has let go of buffer, source and sink."""
+        stop = threading.Event()
+        job = self._threads.submit(lambda: work(self._buffer(), stop))
+        try:
+            return await asyncio.wrap_future(job)
+        except asyncio.CancelledError:
+            stop.set()
+            await _ended(job)
+            raise
+
+    @contextmanager
+    def _sending(self, body: Body) -> Iterator[None]:
+        """Let this body leave with what this thread asks for."""
+        self._own.body = body
+        try:
+            yield
+        except Exception:
+            if body.failure:
+                raise body.failure from None
+            raise
+        finally:
+            self._own.body = None
+
+    def _put_in(self, request: Any, **_rest: Any) -> None:
+        """Be called by botocore just before it sends a request, in the thread that asks."""
+        request.body = getattr(self._own, "body", None) or request.body
+
+    def _buffer(self) -> memoryview:
+        """Return this thread's own buffer."""
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(bytearray(self._buffer_bytes))
+        buffer: memoryview = self._own.buffer
+        return buffer
+
+
+async def _ended(job: Future[Any]) -> None:
+    """Wait until the thread is through, however often the wait is cancelled; its outcome is nobody's now."""
+    waiting = asyncio.wrap_future(job)
+    while not waiting.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([waiting])
+    if not waiting.cancelled():
+        waiting.exception()
+
+
+def _check(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise Stopped
+
+
+def _to_skip(answer: Mapping[str, Any], span: Span, etag: str) -> int:
+    """Return how many bytes of the answer come before the span; Conflict when it is of another object."""
+    seen = str(answer.get("ETag", "")).strip('"')
+    if seen and seen != etag:
+        raise Conflict(f"the object has another etag ({seen}) than it should have ({etag})")
+    size = int(answer["ContentLength"])
+    whole = size != span.size and "ContentRange" not in answer  # rclone says 200, and yet sends the range
+    to_skip = span.offset if whole else 0
+    if size - to_skip < span.size:
+        raise Corrupt(f"the object came short: {size - to_skip} bytes instead of {span.size}")
+    return to_skip
+
+
+def _pour(
+    stream: Any, span: Span, sink: Sink, buffer: memoryview, to_skip: int, stop: threading.Event
+) -> int:
+    crc = 0
+    done = -to_skip
+    while done < span.size:
+        _check(stop)
+        wanted = span.size - done if done >= 0 else -done
+        count = stream.readinto(buffer[:wanted])
+        if count == 0:
+            raise Corrupt(f"the object came short: {done} bytes instead of {span.size}")
+        if done >= 0:
+            crc = crc64(buffer[:count], crc)
+            sink.write_at(span.offset + done, buffer[:count])
+        done += count
+    return crc
