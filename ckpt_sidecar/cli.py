@@ -24,7 +24,7 @@ Decorated = Callable[..., Any]
 
 
 def options(*names: str) -> Callable[[Decorated], Decorated]:
-    """Give a command the flags of these settings; with none named all of them, and it asks for them itself."""
+    """Give a command the flags of these settings; with none named all, and it asks for them itself."""
     chosen = [each for each in fields(Settings) if not names or each.name in names]
 
     def decorate(command: Decorated) -> Decorated:

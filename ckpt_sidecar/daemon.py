@@ -164,7 +164,7 @@ def _reachable(host: str) -> str:
 
 @contextmanager
 def _signals(sidecar: Sidecar, child: Child | None) -> Iterator[None]:
-    """The first stop signal drains, the second ends; with a child they are the child's, and its end drains."""
+    """The first stop signal drains, the second ends. A child gets them instead, and its end drains."""
     loop = asyncio.get_running_loop()
 
     def take(number: signal.Signals) -> None:

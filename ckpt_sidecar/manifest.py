@@ -395,9 +395,8 @@ def _crc(text: str) -> str:
 def _key(node: _Node, prefix: str, name: str | None) -> str:
     """The key: just that of `name`, or where there is no name, one under the prefix that could be."""
     key = node.text("key")
-    if not key.startswith(prefix) or key != prefix + (
-        name if name is not None else _name(key[len(prefix) :])
-    ):
+    inside = key.removeprefix(prefix)
+    if key != prefix + inside or (inside != name if name is not None else flaw_of_name(inside) is not None):
         raise node.fail("key", f"{key!r} is not a checkpoint's under the prefix {prefix!r}")
     return key
 

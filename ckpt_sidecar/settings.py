@@ -69,7 +69,7 @@ class Settings:
     take_over: bool = _setting(False, "Claim the prefix although another sidecar has displaced this one.")  # noqa: FBT003
     allow_unfenced: bool = _setting(
         False,  # noqa: FBT003
-        "Go on with a store that has no conditional writes: two sidecars at once would not notice each other.",
+        "Go on with a store without conditional writes: two sidecars would not notice each other.",
     )
     log_format: str = _setting("auto", "auto (readable on a terminal, else json), json or console.")
 
