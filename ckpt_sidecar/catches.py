@@ -160,6 +160,15 @@ class Inbox:
             return False
         return new
 
+    def take_over(self, holds: Sequence[Caught]) -> None:
+        """Take in what a predecessor held; a hold that cannot be read is let go."""
+        for caught in holds:
+            try:
+                with self._catcher.open_caught(caught) as file:
+                    self._post(self._hint(caught, Evidence.FOUND, os.fstat(file.fileno())))
+            except OSError:
+                self._catcher.let_go(caught)
+
     def judged(self, key: Key) -> None:
         """There is a verdict."""
         with self._lock:

@@ -197,6 +197,8 @@ def _directory_of(file: BinaryIO, size: int) -> _Directory:
     behind = len(tail) - at - _END.size
     if behind != end[7]:
         raise _NotWhole(f"{behind} bytes follow the end record of the zip archive, it announces {end[7]}")
+    if end[1] not in (0, 0xFFFF) or end[3] != end[4]:
+        raise _NotWhole("the zip archive is one of several volumes")
     small = _Directory(*end[4:7])
     directory, limit = _directory64_of(file, start + at, small)
     if directory.entries == 0:

@@ -204,7 +204,7 @@ class Tree:
                 created = Evidence.CREATED if event.mask & IN_CREATE else Evidence.CLOSED
                 self._listener.heard(name, Evidence.PLACED if placed else created)
             elif not child.startswith("."):
-                self._enter(name, Evidence.PLACED if placed else Evidence.FOUND)
+                self._enter(name, Evidence.PLACED if placed else Evidence.CREATED)
 
     def _enter(self, name: str, evidence: Evidence) -> None:
         nothing = _ignore_refusal  # the next rescan tells of it
