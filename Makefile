@@ -28,7 +28,7 @@ $(CACHE)/lint/installed: Makefile
 	@touch $@
 
 demo: install ## a training job that is killed and resumes, all on this machine
-	$(VENV)/bin/ckpt-sidecar demo
+	$(VENV)/bin/python examples/demo.py
 
 test: install ## the tests, against real S3 servers that need no root
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto,localstack $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
