@@ -6,7 +6,7 @@ start at 0, so that `rate()` never misses the first failure; no label ever holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from prometheus_client import (
@@ -15,6 +15,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.metrics import MetricWrapperBase
@@ -32,6 +33,7 @@ from ckpt_sidecar.checkpoint import (
     Failed,
     FellBack,
     Fenced,
+    Id,
     Ignored,
     Moved,
     NotReady,
@@ -56,82 +58,23 @@ from ckpt_sidecar.checkpoint import (
     state_name,
     step_of,
 )
+from ckpt_sidecar.labels import LABELS, failure_reason, within
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "ckpt_sidecar_"
 LONG = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)  # seconds
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # seconds
 
-# The closed sets of label values; a value that is not in its set counts as "other".
-LABELS: Mapping[str, tuple[str, ...]] = {
-    "checkpoint_outcome": ("committed", "superseded", "skipped", "changed", "rejected"),
-    "state": ("pinned", "uploading", "stored"),
-    "request_outcome": ("ok", "failed"),
-    "retry_reason": (
-        "throttled",
-        "server",
-        "timeout",
-        "connection",
-        "conflict",
-        "checksum",
-        "credentials",
-        "clock",
-        "other",
-    ),
-    "stage": ("start", "watch", "pin", "upload", "commit", "restore", "retention"),
-    "failure_reason": (
-        "missing",
-        "conflict",
-        "denied",
-        "credentials",
-        "unreachable",
-        "checksum",
-        "refused",
-        "disk",
-        "other",
-    ),
-    "restore_outcome": ("restored", "kept", "empty", "fell_back", "failed"),
-    "rescan_reason": ("start", "interval", "overflow", "rewatch", "stop"),
-    "ability": ("conditional_put", "conditional_complete", "conditional_delete", "checksum"),
-    "operation": (
-        "put_object",
-        "get_object",
-        "head_object",
-        "delete_object",
-        "list_objects",
-        "create_multipart_upload",
-        "upload_part",
-        "complete_multipart_upload",
-        "abort_multipart_upload",
-        "list_parts",
-        "list_multipart_uploads",
-    ),
-}
-# BucketError.reason, coarsened for failures: why it was unreachable is what retries_total tells.
-_FAILURES = {
-    "key": "missing",
-    "bucket": "missing",
-    "upload": "missing",
-    "throttled": "unreachable",
-    "server": "unreachable",
-    "timeout": "unreachable",
-    "connection": "unreachable",
-    "clock": "unreachable",
-}
-
-
-def within(label: str, value: str) -> str:
-    """Return the value if it is in the label's closed set, else "other"."""
-    return value if value in LABELS[label] else "other"
-
 
 class Metrics:
     """The metrics of one sidecar. `clock` gives seconds since the epoch; lag is computed at the scrape."""
 
     def __init__(self, *, version: str, python: str, clock: Callable[[], float], book: Book) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # 300 more series that nobody reads
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._newest = (0, 0)
+        self._newest = Id(0, 0)
+        self._last_saved = 0
         self._queue(book, clock)
         self._durability()
         self._traffic()
@@ -174,7 +117,8 @@ class Metrics:
         )
         self.recovery_point = self._gauge(
             "recovery_point_timestamp_seconds",
-            "When the newest durable checkpoint was saved: what losing the node now would go back to.",
+            "When the newest durable checkpoint was saved: what losing the node now would go back to; "
+            "0 before this process has made one durable.",
         )
         self.recovery_step = self._gauge(
             "recovery_point_step", "The newest durable checkpoint's training step, where its name tells it."
@@ -253,13 +197,13 @@ class Metrics:
             case Progress():
                 (self.uploaded if event.direction == "up" else self.restored).inc(event.bytes)
             case Requested():
-                self.requests.labels(event.operation, event.outcome).inc()
-                self.request_seconds.labels(event.operation).observe(event.seconds)
+                operation = within("operation", event.operation)
+                self.requests.labels(operation, within("request_outcome", event.outcome)).inc()
+                self.request_seconds.labels(operation).observe(event.seconds)
             case Retrying():
                 self.retries.labels(within("retry_reason", event.reason)).inc()
             case Failed():
-                reason = within("failure_reason", _FAILURES.get(event.reason, event.reason))
-                self.failures.labels(event.stage, reason).inc()
+                self.failures.labels(within("stage", event.stage), failure_reason(event.reason)).inc()
             case Torn():
                 self.checkpoints.labels("rejected").inc()
             case Probed():
@@ -271,7 +215,7 @@ class Metrics:
                 self.fenced.set(1)
                 self.ready.set(0)
             case Restored():
-                self.restores.labels(event.outcome).inc()
+                self.restores.labels(within("restore_outcome", event.outcome)).inc()
                 self.restore_seconds.set(event.seconds)
             case FellBack():
                 self.restores.labels("fell_back").inc()
@@ -280,7 +224,7 @@ class Metrics:
             case NotReady():
                 self.ready.set(0)
             case Rescanned():
-                self.rescans.labels(event.reason).inc()
+                self.rescans.labels(within("rescan_reason", event.reason)).inc()
                 self.rescan_seconds.set(event.seconds)
                 self.missed.inc(event.missed)
                 self.free.set(event.free_bytes)
@@ -306,7 +250,8 @@ class Metrics:
         match state:
             case Pinned():
                 self.detect.observe(since)
-                self.last_saved.set(it.saved_at / 1e9)
+                self._last_saved = max(self._last_saved, it.saved_at)  # a scan finds old ones, in any order
+                self.last_saved.set(self._last_saved / 1e9)
             case Stored():
                 self.upload.observe(event.seconds)
             case Committed():
@@ -320,13 +265,15 @@ class Metrics:
 
     def _recovery_point(self, event: Moved) -> None:
         it = event.checkpoint
-        order = (it.id.generation, it.id.sequence)
-        if order >= self._newest:
-            self._newest = order
+        if it.id >= self._newest:
+            self._newest = it.id
             self.recovery_point.set(it.saved_at / 1e9)
             self.recovery_size.set(it.size)
-            step = step_of(it.name)
-            self.recovery_step.set(float("nan") if step is None else step)
+            self._recovery_step(it.name)
+
+    def _recovery_step(self, name: str) -> None:
+        step = step_of(name)
+        self.recovery_step.set(float("nan") if step is None else step)
 
     def render(self) -> bytes:
         """Return the metrics as Prometheus reads them."""

@@ -15,6 +15,7 @@ from ckpt_sidecar.checkpoint import (
     Draining,
     Event,
     Fenced,
+    Id,
     Moved,
     NotReady,
     Probed,
@@ -48,7 +49,7 @@ class Status:
         self._generation = 0
         self._abilities: dict[str, bool] = {}
         self._newest: dict[str, Any] | None = None
-        self._newest_order = (0, 0)
+        self._newest_id = Id(0, 0)
         self._committed = 0
         self._done: dict[str, int] = {}
 
@@ -57,7 +58,7 @@ class Status:
         match event:
             case Moved():
                 self._moved(event)
-            case Progress():
+            case Progress() if event.direction == "up":
                 self._done[event.name] = event.done
             case Probed():
                 self._abilities = {
@@ -66,10 +67,8 @@ class Status:
             case Claimed():
                 self._generation = event.generation
                 self.reason = "is restoring"
-            case Restored() if event.id is not None and event.outcome != "failed":
-                self._note_newest(
-                    (event.id.generation, event.id.sequence), event.name or "", event.bytes, None
-                )
+            case Restored() if event.id is not None and event.outcome == "restored":
+                self._note_newest(event.id, event.name or "", event.bytes)
             case Ready():
                 self.ready, self.reason, self._state = True, "", "ready"
             case NotReady():
@@ -89,20 +88,21 @@ class Status:
             self._done.pop(it.name, None)
         if isinstance(it.state, Committed):
             self._committed += 1
-            self._note_newest((it.id.generation, it.id.sequence), it.name, it.size, event.at)
-            if self._newest is not None and self._newest["name"] == it.name:
-                self._newest["saved_at"] = _text(it.saved_at / 1e9)
+            self._note_newest(it.id, it.name, it.size, saved_at=it.saved_at / 1e9, stored_at=event.at)
 
-    def _note_newest(self, order: tuple[int, int], name: str, size: int, at: float | None) -> None:
-        if order < self._newest_order:
+    def _note_newest(
+        self, id_: Id, name: str, size: int, *, saved_at: float | None = None, stored_at: float | None = None
+    ) -> None:
+        if id_ < self._newest_id:
             return
-        self._newest_order = order
+        self._newest_id = id_
         self._newest = {
-            "id": f"{order[0]}-{order[1]}",
+            "id": str(id_),
             "name": name,
             "size": size,
             "step": step_of(name),
-            "stored_at": None if at is None else _text(at),
+            "saved_at": saved_at and _text(saved_at),
+            "stored_at": stored_at and _text(stored_at),
             "uri": f"s3://{self._bucket}/{self._prefix}{name}",
         }
 
