@@ -22,6 +22,7 @@ from ckpt_sidecar.checkpoint import (
     Progress,
     Ready,
     Restored,
+    Retrying,
     state_name,
     step_of,
 )
@@ -71,6 +72,8 @@ class Status:
                 self._note_newest(event.id, event.name or "", event.bytes)
             case Ready():
                 self.ready, self.reason, self._state = True, "", "ready"
+            case Retrying() if self._state == "starting":
+                self.reason = f"tries again: {event.error}"
             case NotReady():
                 self.ready, self.reason = False, event.reason
             case Fenced():

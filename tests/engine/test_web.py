@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from ckpt_sidecar import web
-from ckpt_sidecar.checkpoint import Book, Claimed, Event, Fenced, Moved, NotReady, Ready
+from ckpt_sidecar.checkpoint import Book, Claimed, Event, Fenced, Moved, NotReady, Ready, Retrying
 from ckpt_sidecar.metrics import Metrics
 
 HOST = "127.0.0.1"
@@ -112,13 +112,15 @@ async def test_readyz_says_why_not_then_that_it_is() -> None:
     async with served(sidecar) as client:
         before = await client.ask("/readyz")
         assert (before.status, before.text) == (503, "not ready: has not claimed the prefix yet\n")
+        sidecar.tell(Retrying("probe", "connection", 1.0, "no way to the store"))
+        assert "no way to the store" in (await client.ask("/readyz")).text
         sidecar.tell(NotReady("no credentials"))
         assert "no credentials" in (await client.ask("/readyz")).text
         sidecar.tell(Claimed(1, None))
         assert "is restoring" in (await client.ask("/readyz")).text
         sidecar.tell(Ready(0.5))
         assert (await client.ask("/readyz")).status == 200
-        sidecar.tell(Fenced(2, "other"), NotReady("held by other"))
+        sidecar.tell(Fenced(2, "other"), NotReady("held by other"), Retrying("abort", "server", 1.0, "no"))
         assert "held by other" in (await client.ask("/readyz")).text
 
 
