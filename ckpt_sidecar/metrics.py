@@ -204,7 +204,7 @@ class Metrics:
             case _:
                 self._lived(event)
 
-    def _lived(self, event: Event) -> None:  # noqa: C901  (a table, one line for each event)
+    def _lived(self, event: Event) -> None:
         match event:
             case Claimed():
                 self.generation.set(event.generation)
