@@ -66,8 +66,13 @@ class Disk:
     def create(self, path: Path, size: int) -> int:
         """Make a new file with room for `size` bytes; return its descriptor. OSError(ENOSPC) when too big."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        if size:
-            os.posix_fallocate(descriptor, 0, size)
+        try:
+            if size:
+                os.posix_fallocate(descriptor, 0, size)
+        except OSError:
+            os.close(descriptor)
+            path.unlink()
+            raise
         return descriptor
 
     def write_at(self, descriptor: int, offset: int, view: memoryview) -> None:

@@ -86,7 +86,10 @@ class Landing:
 
     def aside(self, name: str) -> Path:
         """Move what stands at `name` out of the way, kept for a person to look at; return where it is."""
-        folder = self.root / HOME / "aside" / f"{os.getpid()}-{next(self._numbers)}"
+        shelf = self.root / HOME / "aside"
+        # In a container the pid may be the same every time: what an earlier one has put there stays.
+        numbers = (shelf / f"{os.getpid()}-{n}" for n in self._numbers)
+        folder = next(each for each in numbers if not os.path.lexists(each))
         self._disk.make_dir(folder)
         target = folder / Path(name).name
         self._disk.rename(self.root / name, target)
