@@ -309,7 +309,7 @@ class Pipeline:
         for id_ in expired_local(names, keep=self._keep.local, newest=newest.id if newest else None):
             if self._landing.delete(files[id_]):
                 self._tell(Deleted(files[id_].name, "watch dir"))
-            self._spool.known.forget(files[id_].name)
+            self._spool.known.forget(files[id_])
 
 
 def _same_bytes(checkpoint: Checkpoint, listed: Entry) -> bool:

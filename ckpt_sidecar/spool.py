@@ -16,6 +16,7 @@ the bucket. What cannot be held by a link is held by an open descriptor, which a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -43,6 +44,7 @@ from ckpt_sidecar.known import Known
 
 HOME = ".ckpt-sidecar"
 RESERVE = 1000  # ids taken from the record at a time: one durable write for a thousand checkpoints
+OWN = 10**9  # ids of generation 0 that a spool has to itself; an id's number has 18 digits at most
 
 
 class SpoolError(Exception):
@@ -132,15 +134,19 @@ class Spool:
         """
         try:
             self._open_dirs()
+            self._lock()
+            return self._read_record(new_id, self.known.read())
         except OSError as error:
+            self.close()
+            mend = "run the sidecar as the trainer's user, with the directory writable for it"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                mend = "make room there"
             raise SpoolError(
-                f"cannot write into the watch dir: {error.strerror}: {error.filename} "
-                "(run the sidecar as the trainer's user, with the directory writable for it)"
+                f"cannot write into the watch dir: {error.strerror}: {error.filename or self.home} ({mend})"
             ) from error
-        self._lock()
-        complaints = self._read_record(new_id)
-        self.known.read()
-        return complaints
+        except SpoolError:
+            self.close()
+            raise
 
     def _open_dirs(self) -> None:
         if not self.root.exists():
@@ -149,36 +155,36 @@ class Spool:
             self.root.mkdir()
         if not self.root.is_dir():
             raise SpoolError(f"not a directory: {self.root} (--watch takes the checkpoint directory)")
-        for path in (self.home, self._caught, self._pins):
-            self.disk.make_dir(path)
+        self.disk.make_dir(self.home)
         status = self.home.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             raise SpoolError(f"{self.home} belongs to another user (run as its owner, or remove it)")
         self.home.chmod(0o700)
+        for path in (self._caught, self._pins):
+            self.disk.make_dir(path)
 
     def _lock(self) -> None:
         self._lock_file = (self.home / "lock").open("wb")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise SpoolError(
                 f"another ckpt-sidecar serves {self.root} (pid {_read_pid(self.home)}): stop it first"
             ) from None
 
-    def _read_record(self, new_id: str) -> list[str]:
+    def _read_record(self, new_id: str, durable: Sequence[Id]) -> list[str]:
         complaints = []
         try:
-            data = json.loads((self.home / "spool.json").read_bytes())
-            self.record = Record(**{name: data[name] for name in asdict(Record("")) if name in data})
+            self.record = load_record(json.loads((self.home / "spool.json").read_bytes()))
         except FileNotFoundError:
             self.record = Record(spool=new_id)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             complaints.append(f"spool.json cannot be read, a new one is made: {error}")
             self.record = Record(spool=new_id)
-        ids = [id_ for id_, _ in self._pin_dirs()]
+        ids = [*durable, *(id_ for id_, _ in self._pin_dirs())]
         generation = max([self.record.generation, *(each.generation for each in ids)])
-        self._sequence = max([self.record.counter, *(each.sequence for each in ids)])
-        self._save(generation=generation, counter=self._sequence)
+        self._sequence = max([self.record.counter, *(each.sequence % OWN for each in ids)])
+        self._save(generation=generation, counter=self._sequence + RESERVE)
         return complaints
 
     def close(self) -> None:
@@ -189,28 +195,36 @@ class Spool:
         self._pinned_descriptors.clear()
         if self._lock_file is not None:
             self._lock_file.close()
+            self._lock_file = None
 
     # --- the record ---
 
     def _save(self, **changes: Any) -> None:
-        self.record = replace(self.record, **changes)
-        data = json.dumps({"schema": 1} | asdict(self.record)).encode()
+        record = replace(self.record, **changes)
+        data = json.dumps({"schema": 1} | asdict(record)).encode()
         self.disk.write_file(self.home / "spool.json", data, sync=True)
         self.disk.sync_dir(self.home)
+        self.record = record
 
     def claimed(self, *, generation: int, attempt: str) -> None:
-        """Note the claim that has succeeded."""
-        self._save(generation=generation, attempt=attempt)
+        """Note the claim that has succeeded; where the disk does not take it, at least until the end."""
+        with self._mutex:
+            self.record = replace(self.record, generation=generation, attempt=attempt)
+            self._save()
 
     def serving(self, *, address: str, pid: int) -> None:
         """Note where this sidecar answers, for `status` and the trainer's helpers."""
-        self._save(address=address, pid=pid)
+        with self._mutex:
+            self._save(address=address, pid=pid)
 
     def _next_id(self) -> Id:
+        if self._sequence == self.record.counter:
+            self._save(counter=self._sequence + RESERVE)  # on the disk first: no id is ever given twice
         self._sequence += 1
-        if self._sequence > self.record.counter:
-            self._save(counter=self._sequence + RESERVE)
-        return Id(self.record.generation, self._sequence)
+        if self.record.generation:
+            return Id(self.record.generation, self._sequence)
+        # Generation 0 is nobody's own: every new spool numbers in it before its first claim.
+        return Id(0, crc64(self.record.spool.encode()) % 10**8 * OWN + self._sequence)
 
     # --- catching: from the first hint to the verdict ---
 
@@ -316,6 +330,9 @@ class Spool:
         """Let go of the pin; its file is known from now on, as durable under that id or as not to be sent."""
         for file in checkpoint.files:
             self.known.settled(file, durable_as)
+        self._drop_pin(checkpoint)
+
+    def _drop_pin(self, checkpoint: Checkpoint) -> None:
         descriptor = self._pinned_descriptors.pop(checkpoint.id, None)
         if descriptor is not None:
             os.close(descriptor)
@@ -325,18 +342,19 @@ class Spool:
         self.disk.remove_tree(self._pins / str(checkpoint.id))
 
     def reconsider(self, checkpoint: Checkpoint) -> Caught | None:
-        """Turn a pin whose bytes changed back into a catch, to be judged anew; None when it is gone."""
+        """Turn a pin whose bytes changed back into a catch, to be judged anew.
+
+        Where the pin is gone (somebody removed it) what stands at the name now is caught; None when nothing.
+        """
         name = checkpoint.name
-        self.known.forget(name)
-        descriptor = self._pinned_descriptors.pop(checkpoint.id, None)
-        if descriptor is not None:
-            os.close(descriptor)
-            return self.catch(name)
+        for file in checkpoint.files:
+            self.known.forget(file)
         folder = self._pins / str(checkpoint.id)
         try:
             status = (folder / name).lstat()
-        except FileNotFoundError:
-            return None
+        except OSError:  # held by a descriptor, or removed by somebody
+            self._drop_pin(checkpoint)
+            return self.catch(name)
         inode = (status.st_dev, status.st_ino)
         settled = self._caught / _catch_name(inode, name)
         with self._mutex:
@@ -373,6 +391,9 @@ class Spool:
         found = Recovered()
         for id_, path in self._pin_dirs():
             files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+            if not files:  # its bytes were removed; what is said of them is in the entry
+                self.disk.remove_tree(path)
+                continue
             if len(files) != 1:
                 found.broken.append((str(path), f"holds {len(files)} files, not one; it is left as it is"))
                 continue
@@ -393,7 +414,7 @@ class Spool:
             read = load_entry(json.loads((self._pins / f"{bare.id}.json").read_bytes()))
         except FileNotFoundError:
             return bare, None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             return bare, f"cannot be read ({error}); the pin itself is whole and is taken up from the start"
         if (read.id, read.name) != (bare.id, bare.name):
             return bare, "names another checkpoint than its pin; the pin is taken up from the start"
@@ -424,9 +445,18 @@ def _catch_name(inode: tuple[int, int], name: str) -> str:
 
 def _read_pid(home: Path) -> str:
     try:
-        return str(json.loads((home / "spool.json").read_bytes())["pid"])
+        return str(json.loads((home / "spool.json").read_bytes())["pid"] or "unknown")
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
+
+
+def load_record(data: Mapping[str, Any]) -> Record:
+    """Read what the spool noted of itself; TypeError when it is not that."""
+    record = Record(**{name: data[name] for name in asdict(Record("")) if name in data})
+    for name, value in asdict(record).items():
+        if type(value) is not type(getattr(Record(""), name)):
+            raise TypeError(f"{name} is {value!r}")
+    return record
 
 
 # --- the journal entry: the same states as everywhere, as JSON ---------------------------------------
@@ -449,14 +479,16 @@ def dump_entry(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def load_entry(data: Mapping[str, Any]) -> Checkpoint:
-    """Read what `dump_entry` wrote; ValueError, KeyError or TypeError when it is not that."""
+    """Read what `dump_entry` wrote; ValueError, LookupError or TypeError when it is not that."""
     state: State
     match data["state"]:
         case "pinned":
             state = Pinned()
         case "uploading":
-            state = Uploading(tuple(data["upload_ids"]))
+            state = Uploading((str(data["upload_ids"][0]),))
         case other:
             raise ValueError(f"unknown state {other!r}")
-    files = tuple(File(**each) for each in data["files"])
+    files = tuple(File(str(each["name"]), int(each["size"]), int(each["mtime_ns"])) for each in data["files"])
+    if [file.name for file in files] != [data["name"]]:
+        raise ValueError(f"not just one file named {data['name']!r}")
     return Checkpoint(Id.parse(data["id"]), data["name"], files, int(data["saved_at"]), state)
