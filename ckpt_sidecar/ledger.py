@@ -13,7 +13,18 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from ckpt_sidecar.bucket import Absent, Bucket, Conflict, Missing, Unchanged, Unreachable, Upload
+from ckpt_sidecar.bucket import (
+    Absent,
+    Bucket,
+    BucketError,
+    Conflict,
+    Denied,
+    Missing,
+    Refused,
+    Unchanged,
+    Unreachable,
+    Upload,
+)
 from ckpt_sidecar.checkpoint import Adopted, Claimed, Event, Fenced, Rebuilt, UploadAborted
 from ckpt_sidecar.manifest import (
     HISTORY,
@@ -103,6 +114,7 @@ class Ledger:
         self._history = history
         self._etag: str | None = None
         self._holder: Holder | None = None
+        self._fenced = False
         self._lock = asyncio.Lock()
         self._pending: list[_Turn] = []
 
@@ -158,15 +170,22 @@ class Ledger:
         """
         turn = _Turn(change)
         self._pending.append(turn)
-        async with self._lock:
-            if not turn.done:
-                batch, self._pending = self._pending, []
-                try:
-                    await self._swap_all(batch)
-                except BaseException:
-                    self._pending = [each for each in batch if each is not turn] + self._pending
-                    raise
+        try:
+            async with self._lock:
+                if not turn.done:
+                    await self._swap_pending()
+        finally:
+            if turn in self._pending:  # it failed, or nobody waits for it any more
+                self._pending.remove(turn)
         return self.manifest
+
+    async def _swap_pending(self) -> None:
+        batch, self._pending = self._pending, []
+        try:
+            await self._swap_all(batch)
+        except BaseException:
+            self._pending = batch + self._pending
+            raise
 
     async def _swap_all(self, batch: list[_Turn]) -> None:
         for tries in range(1, SWAP_TRIES + 1):
@@ -231,7 +250,9 @@ class Ledger:
     def _fence(self) -> None:
         holder = self.manifest.holder
         who = f"{holder.host} pid {holder.pid} (attempt {holder.attempt})" if holder else "an unknown holder"
-        self._tell(Fenced(self.manifest.generation, who))
+        if not self._fenced:  # many may ask; it is said once
+            self._fenced = True
+            self._tell(Fenced(self.manifest.generation, who))
         raise FencedOff(self.manifest.generation, who)
 
     # --- claiming ---
@@ -268,7 +289,9 @@ class Ledger:
             try:
                 await self._bucket.abort_multipart(Upload(upload.key, upload.upload_id))
                 self._tell(UploadAborted(upload.name, upload.upload_id))
-            except Missing:
+            except Missing as error:
+                if error.reason == "bucket":
+                    raise
                 adopted = await self._completed(upload)
             await self._settled(upload, adopted)
 
@@ -299,9 +322,11 @@ class Ledger:
         await self.swap(lambda seen: announced(seen, upload))
 
     async def forget(self, upload_id: str) -> None:
-        """Take out an upload that was aborted, or that is gone; nothing is written when it is not there."""
-        if any(each.upload_id == upload_id for each in self.manifest.uploads):
-            await self.swap(lambda seen: forgotten(seen, {upload_id}))
+        """Take out an upload that was aborted, or that is gone.
+
+        It is always written: an announcement that was given up may have landed without our knowledge.
+        """
+        await self.swap(lambda seen: forgotten(seen, {upload_id}))
 
     async def commit(self, entry: Entry) -> None:
         """Enter the checkpoint: when this returns it is durable."""
@@ -313,15 +338,23 @@ class Ledger:
         """Let all but the newest `keep` checkpoints go; delete their objects, but not where `spare(key)`.
 
         `spare` says that a newer save of that key is under way. Returns what was deleted. A key that holds
-        another object by now is left alone.
+        another object by now is left alone. What may not be deleted stays to be, and comes out once the
+        others are.
         """
         if len(self.manifest.checkpoints) > keep:
             await self.swap(lambda seen: expired(seen, keep))
-        gone = [each for each in self.manifest.expiring if not spare(each.key)]
-        for each in gone:
-            await self._delete(each)
+        gone: list[Expiring] = []
+        refused: BucketError | None = None
+        for each in [each for each in self.manifest.expiring if not spare(each.key)]:
+            try:
+                await self._delete(each)
+                gone.append(each)
+            except (Denied, Refused) as error:
+                refused = error
         if gone:
             await self.swap(lambda seen: deleted(seen, gone))
+        if refused is not None:
+            raise refused
         return gone
 
     async def _delete(self, each: Expiring) -> None:
