@@ -25,9 +25,11 @@ from ckpt_sidecar.bucket import (
     Condition,
     Conflict,
     Corrupt,
+    Denied,
     Missing,
     ObjectRef,
     Part,
+    Refused,
     Source,
     Span,
     Unchanged,
@@ -42,6 +44,7 @@ from ckpt_sidecar.checkpoint import (
     Changed,
     Checkpoint,
     Event,
+    Failed,
     Id,
     Pinned,
     Progress,
@@ -151,6 +154,7 @@ class Uploader:
         self._moved = moved
         self._tell = tell
         self._doubtful: set[str] = set()  # keys at which an upload may be under way that nobody wrote down
+        self._begun_anew: set[Id] = set()  # after the store refused their parts
 
     def doubt(self, name: str) -> None:
         """An upload of `name` may have been created whose id was never written down."""
@@ -256,31 +260,44 @@ class Uploader:
             with suppress(Missing):
                 return upload, await self._agreeing(job, upload, layout)
             return upload, {}
-        await self._clear_doubt(job.key)
-        try:
-            upload_id = await self._bucket.create_multipart(job.key, metadata=job.metadata)
-        except Unreachable:
-            self._doubtful.add(job.key)
-            raise
+        await self._clear_doubt(job)
+        self._doubtful.add(job.key)  # until its id is written down
+        upload_id = await self._bucket.create_multipart(job.key, metadata=job.metadata)
         begun = advance(job.checkpoint, Uploading((upload_id,)))
-        await asyncio.to_thread(self._spool.write, begun)
+        if await self._journal(begun):
+            self._doubtful.discard(job.key)
         job.checkpoint = begun
         self._moved(begun)
         return Upload(job.key, upload_id), {}
+
+    async def _journal(self, checkpoint: Checkpoint) -> bool:
+        """Write it down; a disk that does not take it holds up nothing: a restart would ask the bucket."""
+        try:
+            await asyncio.to_thread(self._spool.write, checkpoint)
+        except OSError as error:
+            self._tell(Failed("upload", "disk", checkpoint.name, str(error), "make room on the spool's disk"))
+            return False
+        return True
 
     async def _begin_anew(self, job: _Job) -> None:
         if isinstance(job.checkpoint.state, Uploading):
             await self._abort(job.checkpoint, job.checkpoint.state)
             job.checkpoint = self._move(job.checkpoint, Pinned())
-            await asyncio.to_thread(self._spool.write, job.checkpoint)
+            await self._journal(job.checkpoint)
 
-    async def _clear_doubt(self, key: str) -> None:
-        if key in self._doubtful:
-            for upload in await self._bucket.list_uploads(key):
+    async def _clear_doubt(self, job: _Job) -> None:
+        """Abort whatever is under way at the key and was not written down."""
+        if job.key not in self._doubtful:
+            return
+        try:
+            for upload in await self._bucket.list_uploads(job.key):
                 with suppress(Missing):
                     await self._bucket.abort_multipart(upload)
-                self._tell(UploadAborted(key, upload.upload_id))
-            self._doubtful.discard(key)
+                await self._announcer.forget(upload.upload_id)
+                self._tell(UploadAborted(job.checkpoint.name, upload.upload_id))
+        except (Denied, Refused) as error:  # then only the bucket's lifecycle rule can throw it away
+            self._tell(Failed("upload", error.reason, job.checkpoint.name, str(error.args[0]), error.hint))
+        self._doubtful.discard(job.key)
 
     async def _agreeing(self, job: _Job, upload: Upload, layout: Sequence[Span]) -> dict[int, Part]:
         """The parts that the bucket has and that agree with the local bytes, by number."""
@@ -335,6 +352,11 @@ class Uploader:
                 if isinstance(error, Unreachable):
                     raise
                 when, beaten = found, error
+            except Refused as error:  # the parts are not there like that: begun anew, but only once
+                if job.checkpoint.id in self._begun_anew:
+                    raise
+                self._begun_anew.add(job.checkpoint.id)
+                raise Corrupt(str(error.args[0])) from error
         raise beaten
 
 
