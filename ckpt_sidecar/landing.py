@@ -5,6 +5,7 @@ Nothing here replaces or removes a file that it was not told of by name, size an
 
 from __future__ import annotations
 
+import errno
 import os
 from itertools import count
 from pathlib import Path
@@ -40,7 +41,10 @@ class Incoming:
         """Put the file under its final name, whole and durable; FileExistsError when one stands there."""
         target = self._root / name
         self._disk.finish(self._descriptor, mtime_ns)
-        self._disk.make_dir(target.parent, mode=0o755)
+        try:
+            self._disk.make_dir(target.parent, mode=0o755)
+        except FileExistsError as error:  # not to be mistaken for a file at the very name
+            raise NotADirectoryError(errno.ENOTDIR, "a file is in the way of its directory", name) from error
         try:
             self._disk.link(self._path, target)
         except FileExistsError:

@@ -12,6 +12,7 @@ How it can go wrong, and what is done:
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from ckpt_sidecar.bucket import (
     spans,
 )
 from ckpt_sidecar.checkpoint import Checkpoint, Event, FellBack, File, Id, Progress, Restored
-from ckpt_sidecar.landing import Incoming, Landing
+from ckpt_sidecar.landing import Incoming, Landing, NoRoom
 from ckpt_sidecar.manifest import Entry, Manifest, described
 from ckpt_sidecar.patience import together
 
@@ -135,6 +136,10 @@ class Restorer:
         except (Unreachable, Denied):
             raise
         except (BucketError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoRoom(
+                    f"the checkpoint has {entry.size} bytes, and the disk is full: {error}"
+                ) from error
             self._tell(FellBack(entry.id, entry.name, str(error)))
             return None
 

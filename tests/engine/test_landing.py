@@ -71,6 +71,16 @@ def test_a_file_lands_where_no_link_can_be(landing: Landing, disk: Hurt) -> None
     assert leftovers(landing) == []
 
 
+@pytest.mark.parametrize("name", ["deep/x.pt", "deep/er/x.pt"])
+def test_a_file_in_the_way_of_a_directory_is_said(landing: Landing, name: str) -> None:
+    """It is not taken for a file that stands at the very name."""
+    save(landing.root, "deep", b"a file")
+    with pytest.raises(NotADirectoryError):
+        land(landing, name, b"weights")
+    assert (landing.root / "deep").read_bytes() == b"a file"
+    assert leftovers(landing) == []
+
+
 def test_too_little_room_is_said_before_the_first_byte(landing: Landing, disk: Hurt) -> None:
     """The message has both numbers, and nothing was begun."""
     disk.refuse["free"] = OSError()
