@@ -133,6 +133,8 @@ class Pipeline:
             self._tell(Failed("pin", "disk", caught.name, str(error), "make room on the watch dir's disk"))
             self._watcher.take_back(caught, after=LOCAL_TROUBLE_REST)
         for checkpoint in pinned:
+            for older in [each for each in self.book if each.name == checkpoint.name]:
+                self._resting.pop(older.id, None)  # it is to be ended, and at once
             self.moved(checkpoint)
         self._wake()
 
@@ -141,6 +143,8 @@ class Pipeline:
         async for batch in self._watcher.batches(stop):
             await self.pin(batch)
         self._all_taken_in = True
+        self._resting.clear()  # the drain has no time for a rest
+        self._tries.clear()
         self._wake()
 
     # --- the workers ---
@@ -194,7 +198,7 @@ class Pipeline:
             try:
                 checkpoint = await self._uploader.upload(checkpoint, seen)
             except FileNotFoundError as error:
-                await self._lose(checkpoint, error)
+                await self._lose(self.book.checkpoints[checkpoint.id], error)
                 return
         match checkpoint.state:
             case Stored(objects):
@@ -222,14 +226,13 @@ class Pipeline:
             self._watcher.take_back(caught)
 
     async def _lose(self, checkpoint: Checkpoint, error: OSError) -> None:
-        """Somebody removed the pinned bytes from the disk: nobody can send them any more."""
+        """Somebody removed the pinned bytes: what stands at the name now is taken up in their place."""
         self._tell(
             Failed(
                 "pin", "disk", checkpoint.name, str(error), "do not remove .ckpt-sidecar from the watch dir"
             )
         )
-        ended = await self._uploader.abandon(self.book.checkpoints[checkpoint.id], Changed())
-        await self._release(ended, durable_as=None)
+        await self._take_up_again(await self._uploader.abandon(checkpoint, Changed()))
 
     async def _release(self, checkpoint: Checkpoint, *, durable_as: Id | None) -> None:
         self._forget_times(checkpoint.id)
@@ -278,7 +281,8 @@ class Pipeline:
         try:
             if self._keep.remote:
                 await self._retain_remote()
-            await asyncio.to_thread(self._retain_local)
+            for name in await asyncio.to_thread(self._retain_local):
+                self._tell(Deleted(name, "watch dir"))
         except (BucketError, OSError) as error:
             reason = error.reason if isinstance(error, BucketError) else "disk"
             self._tell(Failed("retention", reason, self._prefix, str(error)))
@@ -302,14 +306,17 @@ class Pipeline:
         for each in gone:
             self._tell(Deleted(each.key.removeprefix(self._prefix), "bucket"))
 
-    def _retain_local(self) -> None:
+    def _retain_local(self) -> list[str]:
+        """Delete the trainer's oldest durable files, in a thread; return their names."""
+        deleted = []
         files = self._spool.known.durable_files()
         newest = self._ledger.manifest.newest
         names = {id_: file.name for id_, file in files.items()}
         for id_ in expired_local(names, keep=self._keep.local, newest=newest.id if newest else None):
             if self._landing.delete(files[id_]):
-                self._tell(Deleted(files[id_].name, "watch dir"))
+                deleted.append(files[id_].name)
             self._spool.known.forget(files[id_])
+        return deleted
 
 
 def _same_bytes(checkpoint: Checkpoint, listed: Entry) -> bool:

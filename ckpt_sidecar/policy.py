@@ -45,21 +45,29 @@ def next_step(
 ) -> Step | None:
     """Say what a free worker should do next, or None when there is nothing to do now.
 
-    Newest first; older ones backfill. One upload at a time for each name: names in `busy` are being worked
-    on. `resting` holds, by id, until when (seconds, monotonic) one that failed is left alone. With
-    `keep_remote` a checkpoint that retention would delete as soon as it is committed is not sent at all:
-    `durable` are the ids that the manifest lists.
+    What is stored goes first (one swap, and it is durable), then the newest; older ones backfill. One upload
+    at a time for each name: names in `busy` are being worked on, and a name whose older upload could not be
+    ended waits for that. `resting` holds, by id, until when (seconds, monotonic) one that failed is left
+    alone. With `keep_remote` a checkpoint that retention would delete as soon as it is committed is not sent
+    at all: `durable` are the ids that the manifest lists.
     """
     free = sorted((each for each in waiting if each.name not in busy), key=lambda each: each.id, reverse=True)
     newest_of: dict[str, Checkpoint] = {}
     for each in free:
         newer = newest_of.setdefault(each.name, each)
-        if newer is not each:
+        if newer is not each and not _rests(each, resting, now):
             return Supersede(each, newer.id)
         if keep_remote and isinstance(each.state, Pinned) and _beyond(each.id, keep_remote, durable):
             return Skip(each, f"{keep_remote} newer ones are durable, and no more are kept")
-    ready = (each for each in free if resting.get(each.id, now) <= now)
+    held_up = {each.name for each in free if newest_of[each.name] is not each}
+    ready = (
+        each for each in drain_order(free) if each.name not in held_up and not _rests(each, resting, now)
+    )
     return next((Upload(each) for each in ready), None)
+
+
+def _rests(each: Checkpoint, resting: Mapping[Id, float], now: float) -> bool:
+    return resting.get(each.id, now) > now
 
 
 def _beyond(id_: Id, keep: int, durable: Sequence[Id]) -> bool:

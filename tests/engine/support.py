@@ -41,9 +41,21 @@ BORN = 1_700_000_000 * SECOND  # ns since the epoch: when the tests' files were 
 class Told(list[Event]):
     """The events that were told, in order."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._more = asyncio.Event()
+
     def __call__(self, event: Event) -> None:
         """Take it in."""
         self.append(event)
+        self._more.set()
+
+    async def until(self, so: Callable[[], object]) -> None:
+        """Wait until it is so; it is looked at whenever something was told."""
+        async with asyncio.timeout(30):
+            while not so():
+                self._more.clear()
+                await self._more.wait()
 
     def of(self, kind: type[E]) -> list[E]:
         """Return those of one kind."""
@@ -276,14 +288,14 @@ def descriptors() -> int:
 # --- files, spools, ledgers --------------------------------------------------------------------------
 
 
-def times() -> Times:
+def times(chance: float = 0.0) -> Times:
     """Return times in which no sleep lasts, and every token is another."""
     numbers = count(1)
     unique = os.urandom(4).hex()
     return Times(
         wall=lambda: BORN + 3600 * SECOND,
         sleep=lambda _: asyncio.sleep(0),
-        chance=lambda: 0.0,
+        chance=lambda: chance,
         token=lambda: f"write-{unique}-{next(numbers)}",
     )
 
