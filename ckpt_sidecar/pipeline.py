@@ -98,6 +98,7 @@ class Pipeline:
         self._all_taken_in = False
         self._woken = asyncio.Event()
         self._retention_due = asyncio.Event()
+        self._retaining = asyncio.Lock()
 
     def moved(self, checkpoint: Checkpoint) -> None:
         """Note and tell that a checkpoint is in a new state; the effect has happened."""
@@ -278,14 +279,15 @@ class Pipeline:
 
     async def retain_once(self) -> None:
         """Delete what retention lets go now. What is not durable, and the newest, are never let go."""
-        try:
-            if self._keep.remote:
-                await self._retain_remote()
-            for name in await asyncio.to_thread(self._retain_local):
-                self._tell(Deleted(name, "watch dir"))
-        except (BucketError, OSError) as error:
-            reason = error.reason if isinstance(error, BucketError) else "disk"
-            self._tell(Failed("retention", reason, self._prefix, str(error)))
+        async with self._retaining:  # the last one, in the drain, waits for the one under way
+            try:
+                if self._keep.remote:
+                    await self._retain_remote()
+                for name in await asyncio.to_thread(self._retain_local):
+                    self._tell(Deleted(name, "watch dir"))
+            except (BucketError, OSError) as error:
+                reason = error.reason if isinstance(error, BucketError) else "disk"
+                self._tell(Failed("retention", reason, self._prefix, str(error)))
 
     async def _retain_remote(self) -> None:
         held: set[str] = set()
