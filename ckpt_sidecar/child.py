@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 
 # What a supervisor or a person sends to the job.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -18,40 +20,57 @@ class CannotRun(Exception):
 class Child:
     """One process that shares our streams.
 
-    Asked to stop it has `grace` seconds; then, or when asked once more, it is killed.
+    Asked to stop it has `grace` seconds; then, or when asked once more, it is killed. A stop that comes
+    before the start keeps it from being started.
     """
 
     def __init__(self, command: Sequence[str], *, grace: float) -> None:
         self._command = command
         self._grace = grace
         self._process: asyncio.subprocess.Process | None = None
-        self._asked = False
+        self._stop: signal.Signals | None = None
+        self._starting = False
+        self._early: list[signal.Signals] = []
 
     async def run(self) -> int:
         """Start it and wait for its end; its exit code as a shell gives it (128 + n for signal n).
 
         Raises CannotRun when there is no such command.
         """
+        if self._stop is not None:
+            return 128 + self._stop
+        self._starting = True
         try:
             self._process = await asyncio.create_subprocess_exec(*self._command)
         except OSError as error:
             raise CannotRun(f"cannot run {self._command[0]!r}: {error.strerror}") from error
+        finally:
+            self._starting = False
+        for number in self._early:
+            self.send(number)
         code = await self._process.wait()
         return 128 - code if code < 0 else code
 
     def send(self, number: signal.Signals) -> bool:
-        """Pass a signal on; False when there is no child (yet, or any more)."""
+        """Pass a signal on; False when there is no child (yet, or any more).
+
+        One that comes while the child is being started is passed on as soon as it has been.
+        """
+        if self._starting:
+            self._early.append(number)
+            return True
+        if number in STOPS and self._stop is not None:
+            number = signal.SIGKILL
+        elif number in STOPS:
+            self._stop = number
+            if self._process is not None:
+                asyncio.get_running_loop().call_later(self._grace, self._signal, signal.SIGKILL)
+        return self._signal(number)
+
+    def _signal(self, number: signal.Signals) -> bool:
+        """Not by the process's own methods: they may reap it, and then its exit code is lost."""
         if self._process is None or self._process.returncode is not None:
             return False
-        if number in STOPS and self._asked:
-            self._process.kill()
-            return True
-        if number in STOPS:
-            self._asked = True
-            asyncio.get_running_loop().call_later(self._grace, self._kill)
-        self._process.send_signal(number)
+        with suppress(ProcessLookupError):  # it has just ended, and that is not yet told
+            os.kill(self._process.pid, number)
         return True
-
-    def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()

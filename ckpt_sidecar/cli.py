@@ -6,8 +6,10 @@ Heavy modules are imported where they are used, so that `--help`, `latest` and `
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -36,23 +38,30 @@ def options(*names: str) -> Callable[[Decorated], Decorated]:
 
 
 def _option(each: Any, *, required: bool) -> Callable[[Decorated], Decorated]:
-    default = None if each.default is MISSING else each.default
-    many, flag = isinstance(default, tuple), isinstance(default, bool)
-    kind = str if default is None or many else type(default)
+    more: dict[str, Any] = {"callback": _not_empty, "required": required}
+    if each.default is not MISSING:
+        default = each.default
+        more = {"default": default, "show_default": default != "" and not isinstance(default, bool)}
+        if isinstance(default, bool | tuple):
+            more |= {"is_flag": True} if isinstance(default, bool) else {"multiple": True}
+        else:
+            more["type"] = type(default)
     return click.option(
         f"--{each.name.replace('_', '-')}",
         each.name,
-        type=None if flag else kind,
-        is_flag=flag,
-        multiple=many,
-        required=required,
-        default=default,
-        show_default=default not in (None, "", False),
         metavar=each.metadata["metavar"],
         envvar=ENV_PREFIX + each.name.upper(),
         show_envvar=True,
         help=each.metadata["help"],
+        **more,
     )
+
+
+def _not_empty(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """An unset variable of a script must not become the directory one happens to be in."""
+    if value is not None and not value:
+        raise click.BadParameter("is empty")
+    return value
 
 
 class Usage(click.ClickException):
@@ -89,21 +98,43 @@ def cli(context: click.Context, /, **given: Any) -> None:
     4 another sidecar holds the prefix; 5 nothing could be restored although the bucket holds checkpoints.
     After `--` the command's own code, when it is not 0.
     """
+    _check_child(context)
     if context.invoked_subcommand is None:
         for name in ("watch", "bucket"):
             if not given[name]:
                 raise click.UsageError(f"Missing option '--{name}' (or {ENV_PREFIX}{name.upper()}).", context)
         from ckpt_sidecar.daemon import run_daemon  # noqa: PLC0415  (the heavy half)
 
-        end = run_daemon(settings_from(given), context.obj or [])
+        settings = settings_from(given)
+        try:
+            end = run_daemon(settings, context.obj or [])
+        except click.ClickException as error:
+            _last_words(error.message)
+            raise
         _last_words(end.reason)
         raise SystemExit(int(end.code))
 
 
+def _check_child(context: click.Context) -> None:
+    """Say at once what is wrong with what stands after `--`, and not after a long restore."""
+    command: Sequence[str] | None = context.obj
+    if command is None:
+        return
+    if context.invoked_subcommand is not None:
+        raise click.UsageError(f"no command can follow {context.invoked_subcommand!r} after --", context)
+    if not command:
+        raise click.UsageError("nothing stands after --: give the command to run", context)
+    if shutil.which(command[0]) is None:
+        raise click.ClickException(
+            f"cannot run {command[0]!r}: no such program (give its path, or mend PATH)"
+        )
+
+
 def _last_words(reason: str) -> None:
     """Kubernetes fails no Job for a sidecar's exit code: the reason goes to the termination message too."""
-    if TERMINATION_LOG.exists():
-        TERMINATION_LOG.write_text(reason[:4000], encoding="utf-8")
+    with suppress(OSError):
+        if TERMINATION_LOG.exists():
+            TERMINATION_LOG.write_text(reason[:4000], encoding="utf-8", errors="backslashreplace")
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -143,11 +174,11 @@ def list_checkpoints(*, as_json: bool, **given: Any) -> None:
 
 
 @cli.command()
-@options("watch")
+@options("watch", "spool")
 @JSON
-def status(*, as_json: bool, watch: str) -> None:
+def status(*, as_json: bool, watch: str, spool: str) -> None:
     """Ask the running sidecar how things stand; exit code 0 when all is durable, 3 when not yet."""
-    told = _ask(Path(watch))
+    told = _ask(watch, spool)
     click.echo(json.dumps(told, indent=1) if as_json else _in_words(told))
     raise SystemExit(3 if told["queue"] else 0)
 
@@ -165,21 +196,23 @@ def latest(*, as_json: bool, watch: str, pattern: Sequence[str]) -> None:
         click.echo(json.dumps({"path": None if path is None else str(path)}))
     elif path is not None:
         click.echo(str(path))
+    else:
+        click.echo(f"no whole checkpoint in {watch}", err=True)
     raise SystemExit(0 if path is not None else 1)
 
 
 @cli.command()
-@options("watch")
+@options("watch", "spool")
 @click.argument("name", required=False)
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
 @JSON
-def wait(*, as_json: bool, watch: str, name: str | None, timeout: float) -> None:
+def wait(*, as_json: bool, watch: str, spool: str, name: str | None, timeout: float) -> None:
     """Wait until all checkpoints, or the one called NAME, are durable; 3 when they are not in time."""
     import time  # noqa: PLC0415
 
     deadline = time.monotonic() + timeout
     while True:
-        told = _ask(Path(watch))
+        told = _ask(watch, spool)
         left = [each["name"] for each in told["queue"] if name in (None, each["name"])]
         if not left or time.monotonic() > deadline:
             break
@@ -188,18 +221,22 @@ def wait(*, as_json: bool, watch: str, name: str | None, timeout: float) -> None
     raise SystemExit(3 if left else 0)
 
 
-def _ask(watch: Path) -> dict[str, Any]:
-    """The running sidecar's own account, found through the spool."""
+def _ask(watch: str, spool: str) -> dict[str, Any]:
+    """The running sidecar's own account, found through the spool; asked directly, whatever proxy is set."""
     import urllib.request  # noqa: PLC0415
+    from http.client import HTTPException  # noqa: PLC0415
 
-    record = watch / ".ckpt-sidecar" / "spool.json"
+    record = Path(spool or Path(watch, ".ckpt-sidecar"), "spool.json")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         address = json.loads(record.read_bytes())["address"]
-        with urllib.request.urlopen(f"http://{address}/status.json", timeout=5) as answer:
+        with opener.open(f"http://{address}/status.json", timeout=5) as answer:
             told: dict[str, Any] = json.load(answer)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "queue" not in told:
+            raise ValueError(f"at {address} answers something else")  # noqa: TRY301
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
         raise click.ClickException(
-            f"no sidecar answers for {watch}: {error} (is it running, with this --watch?)"
+            f"no sidecar answers for {watch}: {error} (is it running, with this --watch and --spool?)"
         ) from None
     return told
 
@@ -220,10 +257,8 @@ def _in_words(told: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; what stands after `--` is the child's."""
     words = list(sys.argv[1:] if argv is None else argv)
-    child: list[str] = []
+    child: list[str] | None = None
     if "--" in words:
         at = words.index("--")
         words, child = words[:at], words[at + 1 :]
-        if not child:
-            raise SystemExit("ckpt-sidecar: nothing stands after --: give the command to run")
     cli.main(args=words, prog_name="ckpt-sidecar", obj=child)

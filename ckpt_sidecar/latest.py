@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import stat
+from contextlib import suppress
 from pathlib import Path
 
+from ckpt_sidecar.checkpoint import flaw_of_name
 from ckpt_sidecar.formats import Rules, flaw_of
-from ckpt_sidecar.spool import HOME
 
 
 def newest_whole(root: Path, rules: Rules) -> Path | None:
@@ -16,10 +18,13 @@ def newest_whole(root: Path, rules: Rules) -> Path | None:
     found = []
     for path in root.rglob("*"):
         name = path.relative_to(root).as_posix()
-        if rules.wants(name) and not name.startswith(f"{HOME}/") and path.is_file() and not path.is_symlink():
-            found.append((path.stat().st_mtime_ns, path))
+        if rules.wants(name) and flaw_of_name(name) is None:
+            with suppress(OSError):  # a trainer deletes old ones meanwhile
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode):
+                    found.append((status.st_mtime_ns, path))
     for _, path in sorted(found, reverse=True):
-        with path.open("rb") as file:
+        with suppress(OSError), path.open("rb") as file:
             if flaw_of(file, path.name) is None:
                 return path
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any, TextIO
 
@@ -64,8 +64,13 @@ def configure(stream: TextIO, *, readable: bool, colors: bool) -> None:
     ]
     render: Any = structlog.processors.JSONRenderer(ensure_ascii=True)
     if readable:
-        render = structlog.dev.ConsoleRenderer(colors=colors, timestamp_key="at")
-        shared = shared[:-1]
+        shared.append(_visible)
+        render = structlog.dev.ConsoleRenderer(
+            colors=colors,
+            timestamp_key="at",
+            repr_native_str=True,
+            exception_formatter=structlog.dev.plain_traceback,
+        )
     structlog.configure(
         processors=[*shared, render],
         logger_factory=structlog.PrintLoggerFactory(stream),
@@ -79,6 +84,18 @@ def configure(stream: TextIO, *, readable: bool, colors: bool) -> None:
         )
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)
+
+
+def _visible(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Show what a terminal would obey, in the two texts that the renderer writes as they are."""
+    for key, kept in (("event", ""), ("exception", "\n")):
+        if key in line:
+            line[key] = "".join(
+                each if each.isprintable() or each in kept else each.encode("unicode_escape").decode("ascii")
+                for each in str(line[key])
+            )
+    return line
 
 
 class Log:
@@ -93,6 +110,8 @@ class Log:
         """Write the event's line, if it has one."""
         if isinstance(event, Progress) and not self._due(event):
             return
+        if isinstance(event, Moved) and not event.checkpoint.waiting:
+            self._told.pop(("up", event.checkpoint.name), None)
         level = _level(event)
         if level is not None:
             getattr(self._log, level)(event_name(event), **fields_of(event))

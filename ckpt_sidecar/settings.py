@@ -5,6 +5,7 @@ A flag is the field's name with dashes, its environment variable `CKPT_SIDECAR_`
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,7 @@ from ckpt_sidecar.manifest import HISTORY
 
 ENV_PREFIX = "CKPT_SIDECAR_"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", re.ASCII)
+_ADDRESS = re.compile(r"(?:\[([^\s\[\]]+)\]|([^\s:\[\]]+)):(\d{1,5})", re.ASCII)
 
 
 class BadSetting(ValueError):
@@ -41,7 +43,8 @@ class Settings:
     prefix: str = _setting("", "Where in the bucket this job's checkpoints live: one prefix for each job.")
     endpoint_url: str = _setting("", "Endpoint of an S3-compatible store.", metavar="URL")
     pattern: tuple[str, ...] = _setting(
-        Rules().patterns, "Which files are checkpoints, at any depth; may be given several times."
+        Rules().patterns,
+        "Which files are checkpoints, at any depth; may be given several times (in the variable: with blanks).",
     )
     listen: str = _setting(
         "0.0.0.0:22578",
@@ -80,6 +83,7 @@ class Settings:
             if flaw is not None:
                 raise BadSetting(f"--{name.replace('_', '-')}: {getattr(self, name)!r} {flaw}")
         self.address()
+        self._check_spool()
 
     def _take_uri_apart(self) -> None:
         bucket, prefix = self.bucket, self.prefix
@@ -92,10 +96,25 @@ class Settings:
 
     def address(self) -> tuple[str, int]:
         """Host and port of `listen`; BadSetting when it is not HOST:PORT."""
-        host, _, port = self.listen.rpartition(":")
-        if not host or not port.isdecimal() or int(port) > 65_535:
-            raise BadSetting(f"--listen: {self.listen!r} is not HOST:PORT (for example 0.0.0.0:22578)")
-        return host.removeprefix("[").removesuffix("]"), int(port)
+        match = _ADDRESS.fullmatch(self.listen)
+        if match is None or int(match[3]) > 65_535:
+            raise BadSetting(
+                f"--listen: {self.listen!r} is not HOST:PORT (for example 0.0.0.0:22578 or [::]:22578)"
+            )
+        return match[1] or match[2], int(match[3])
+
+    def _check_spool(self) -> None:
+        """A pin in sight of the watcher would be taken for a checkpoint, and pinned, and so on."""
+        if not self.spool:
+            return
+        home, root = (Path(os.path.abspath(each)) for each in (self.spool, self.watch))  # noqa: PTH100
+        if home.is_relative_to(root) and not any(
+            part.startswith(".") for part in home.relative_to(root).parts
+        ):
+            raise BadSetting(
+                f"--spool: {self.spool!r} is in the watch dir, where its files would be taken for "
+                "checkpoints (put it beside, or give it a name that begins with a dot)"
+            )
 
 
 def _flaw_of_bucket(name: str) -> str | None:
@@ -120,7 +139,7 @@ def _flaw_of_format(word: str) -> str | None:
 
 
 def _flaw_of_endpoint(url: str) -> str | None:
-    good = not url or re.fullmatch(r"https?://[^/\s]+/?.*", url) is not None
+    good = not url or re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None
     return None if good else "is no URL (for example https://s3.example.com)"
 
 

@@ -162,12 +162,14 @@ class Watcher:
             elif self._listing is None:
                 await self._rest(stop, self._due())
         self._inbox.asked = "stop"
-        end = self._clock() + self._rules.settle
-        while self._inbox.asked == "stop" or self._listing is not None or self._due_candidate() <= end:
+        while self._inbox.asked == "stop" or self._listing is not None:
             if found := await self._round():
                 yield found
-            elif self._listing is None:
-                await self._rest(None, min(self._due_candidate(), end))
+        end = self._clock() + self._rules.settle  # by then all that was completed before has settled
+        while self._due_candidate() <= end:
+            await self._rest(None, self._due_candidate())
+            if found := await self._round():
+                yield found
 
     # --- the loop ---
 

@@ -22,6 +22,7 @@ from ckpt_sidecar.checkpoint import (
     Moved,
     Pinned,
     Skipped,
+    State,
     Stored,
     Superseded,
     Uploading,
@@ -34,7 +35,7 @@ from ckpt_sidecar.checkpoint import (
 )
 
 REF = ObjectRef("run/a.pt", 3, "e")
-EXAMPLES = {
+EXAMPLES: dict[type[State], State] = {
     Pinned: Pinned(),
     Uploading: Uploading(("u",)),
     Stored: Stored((REF,)),
@@ -61,7 +62,9 @@ def test_an_id_reads_back_what_it_wrote(generation: int, sequence: int) -> None:
     assert Id.parse(str(Id(generation, sequence))) == Id(generation, sequence)
 
 
-@pytest.mark.parametrize("text", ["", "1", "1-", "-1-2", "1-2-3", "a-b", "1-2\n", "１-２", f"1-{10**19}"])
+@pytest.mark.parametrize(
+    "text", ["", "1", "1-", "-1-2", "1-2-3", "a-b", "1-2\n", "\uff11-\uff12", f"1-{10**19}"]
+)
 def test_what_is_no_id_is_refused(text: str) -> None:
     """Nothing but two short decimal numbers is an id."""
     with pytest.raises(ValueError, match="not an id"):
@@ -70,7 +73,7 @@ def test_what_is_no_id_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("start", list(NEXT))
 @pytest.mark.parametrize("to", list(NEXT))
-def test_only_the_arrows_of_the_table_may_be_gone(start: type, to: type) -> None:
+def test_only_the_arrows_of_the_table_may_be_gone(start: type[State], to: type[State]) -> None:
     """A move is legal exactly when NEXT has it."""
     checkpoint = Checkpoint(Id(1, 1), "a.pt", (), 0, EXAMPLES[start])
     if to in NEXT[start]:

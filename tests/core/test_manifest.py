@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -87,6 +88,21 @@ def test_the_file_is_what_the_design_says() -> None:
         "step": None,
     }
     assert data_of()["schema"] == 1
+
+
+def test_the_newest_is_the_first_and_an_entry_is_found_by_its_name() -> None:
+    """An empty manifest has neither."""
+    assert FULL.newest == FULL.entry_of("2.pt") == entry(2)
+    assert FULL.entry_of("1.pt") == entry(1)
+    assert FULL.entry_of("3.pt") is None  # announced, not durable
+    assert (Manifest().newest, Manifest().entry_of("1.pt")) == (None, None)
+
+
+def test_an_entry_has_the_size_of_all_its_objects() -> None:
+    """A checkpoint may be several files."""
+    shards = (ObjectRef("a", 3, "e"), ObjectRef("b", 4, "f"))
+    assert Entry(Id(1, 1), "a", shards, 0, 0).size == 7
+    assert entry(2).size == 12
 
 
 def test_unknown_fields_of_an_entry_are_kept() -> None:
@@ -184,10 +200,8 @@ def test_what_is_no_json_object_is_mangled(raw: bytes) -> None:
 )
 def test_any_json_is_read_or_refused(value: Any) -> None:
     """Nothing else ever comes out of the parser."""
-    try:
+    with suppress(Mangled, UnknownSchema):
         parse(json.dumps(value).encode(), prefix="")
-    except (Mangled, UnknownSchema):
-        pass
 
 
 # --- changes ---
