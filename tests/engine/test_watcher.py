@@ -5,12 +5,13 @@ import io
 import itertools
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ class Holds:
 
     def names(self) -> list[str]:
         """What is held."""
-        return sorted(each.name.split("-", 1)[1] for each in self.home.glob("*"))
+        return sorted(each.name.split("-", 1)[1] for each in self.home.glob("*-*"))
 
 
 class Rig:
@@ -123,7 +124,8 @@ class Rig:
         while len(self.all(kind)) < n:
             self.news.clear()
             coming, news = self.coming(), asyncio.ensure_future(self.news.wait())
-            await asyncio.wait([coming, news], return_when=asyncio.FIRST_COMPLETED)
+            first: set[asyncio.Future[Any]] = {coming, news}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             news.cancel()
             assert not coming.done(), f"{coming}"
         return self.all(kind)[n - 1]
@@ -237,16 +239,20 @@ async def test_a_file_that_is_being_written_is_never_taken_early(tmp_path: Path)
         assert File("x.pt", 24, (tmp_path / "x.pt").stat().st_mtime_ns) in this.known
 
 
-async def test_what_is_deleted_at_once_arrives(tmp_path: Path) -> None:
-    """A trainer that keeps only the one that it is about to write."""
+async def test_what_is_rotated_away_at_once_arrives(tmp_path: Path) -> None:
+    """A trainer, in a process of its own, that keeps only the newest; nobody has judged what it deletes."""
+    train = """
+import sys, time, torch
+from pathlib import Path
+for n in range(10):
+    torch.save({"weight": torch.full((1 << 20,), float(n))}, Path(sys.argv[1]) / f"{n}.pt")
+    (Path(sys.argv[1]) / f"{n - 1}.pt").unlink(missing_ok=True)
+    time.sleep(0.05)  # a step of training
+"""
     async with rig(tmp_path, rules=SLOW) as this:
-
-        def train() -> None:
-            for n in range(10):
-                save(tmp_path / f"{n}.pt", n, size=1 << 20)
-                (tmp_path / f"{n}.pt").unlink()
-
-        await asyncio.gather(asyncio.to_thread(train), this.until(*(f"{n}.pt" for n in range(10))))
+        trainer = await asyncio.create_subprocess_exec(sys.executable, "-c", train, str(tmp_path))
+        await this.until(*(f"{n}.pt" for n in range(10)))
+        assert await trainer.wait() == 0
         assert this.holds.names() == sorted(f"{n}.pt" for n in range(10))
 
 
