@@ -44,7 +44,7 @@ class Settings:
     endpoint_url: str = _setting("", "Endpoint of an S3-compatible store.", metavar="URL")
     pattern: tuple[str, ...] = _setting(
         Rules().patterns,
-        "Which files are checkpoints, at any depth; may be given several times (in the variable: with blanks).",
+        "Which files are checkpoints, at any depth; may be given several times (the variable: with blanks).",
     )
     listen: str = _setting(
         "0.0.0.0:22578",
