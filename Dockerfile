@@ -5,8 +5,11 @@ FROM ${BASE_IMAGE} AS build
 WORKDIR /src
 COPY pyproject.toml README.md requirements.lock ./
 COPY ckpt_sidecar ckpt_sidecar
-RUN python3 -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir --disable-pip-version-check -c requirements.lock .
+# pip stands in a place of its own and stays behind: what runs needs none.
+RUN python3 -m venv /pip \
+    && python3 -m venv --without-pip /venv \
+    && /pip/bin/pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check \
+        -c requirements.lock .
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="ckpt-sidecar" \
