@@ -137,7 +137,7 @@ STATUSES: Mapping[int, Meaning] = {
     507: _FULL,
 }
 
-# In the order of an exception's classes, the nearest first; all botocore's but the last two.
+# In the order of an exception's classes, the nearest first; all botocore's but the last three.
 CLASSES: Mapping[str, Meaning] = {
     "NoCredentialsError": _CREDENTIALS,
     "PartialCredentialsError": _CREDENTIALS,
@@ -154,9 +154,12 @@ CLASSES: Mapping[str, Meaning] = {
     "IncompleteReadError": _CONNECTION,
     "ResponseParserError": _SERVER,
     "BotoCoreError": _CONFIG,
-    "ClientError": _CONNECTION,  # aiohttp's, while a body is read; botocore's has its own way above
-    "TimeoutError": _TIMEOUT,
+    "ServerTimeoutError": _TIMEOUT,  # aiohttp's, while a body is read
+    "ClientError": _CONNECTION,  # aiohttp's too; botocore's has its own way above
+    "HTTPError": _CONNECTION,  # urllib3's, while a body is read (TLS)
 }
+# Some of these are OSErrors as well, so only where it was made tells a store's silence from a disk's.
+LIBRARIES = frozenset({"aiobotocore", "aiohttp", "botocore", "urllib3"})
 
 PERMISSIONS: Mapping[str, str] = {
     "put_object": "s3:PutObject",
@@ -169,7 +172,8 @@ PERMISSIONS: Mapping[str, str] = {
     "list_objects_v2": "s3:ListBucket",
     "delete_object": "s3:DeleteObject (and s3:DeleteObjectVersion where the bucket is versioned)",
     "head_object": "s3:GetObject and s3:ListBucket (without it a missing key is answered with 403)",
-    "get_object": "s3:GetObject and s3:ListBucket (without it a missing key is answered with 403)",
+    "get_object": "s3:GetObject (where the bucket is versioned s3:GetObjectVersion too) and s3:ListBucket "
+    "(without it a missing key is answered with 403)",
 }
 
 _OF_AN_UPLOAD = frozenset({"upload_part", "list_parts", "abort_multipart_upload"})
@@ -193,7 +197,7 @@ def translated(error: Exception, asked: Asked) -> Exception:
     if isinstance(response, dict):
         return _answered(response, asked)
     for kind in type(error).__mro__:
-        if kind.__name__ in CLASSES and not isinstance(error, OSError | BucketError):
+        if kind.__module__.partition(".")[0] in LIBRARIES and kind.__name__ in CLASSES:
             return _unanswered(error, CLASSES[kind.__name__], asked)
     return error
 

@@ -32,13 +32,18 @@ class Child:
         self._starting = False
         self._early: list[signal.Signals] = []
 
+    @property
+    def stopped(self) -> int:
+        """The exit code that stands for the stop that it was asked for, as a shell gives it; else 0."""
+        return 0 if self._stop is None else 128 + self._stop
+
     async def run(self) -> int:
         """Start it and wait for its end; its exit code as a shell gives it (128 + n for signal n).
 
         Raises CannotRun when there is no such command.
         """
-        if self._stop is not None:
-            return 128 + self._stop
+        if self.stopped:
+            return self.stopped
         self._starting = True
         try:
             self._process = await asyncio.create_subprocess_exec(*self._command)

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from ckpt_sidecar import __version__
+from ckpt_sidecar.checkpoint import HOME
 from ckpt_sidecar.settings import ENV_PREFIX, BadSetting, Settings
 
 TERMINATION_LOG = Path("/dev/termination-log")
@@ -189,7 +190,7 @@ def status(*, as_json: bool, watch: str, spool: str) -> None:
 def latest(*, as_json: bool, watch: str, pattern: Sequence[str]) -> None:
     """Print the path of the newest whole checkpoint in DIR, for --resume; exit code 1 without one."""
     from ckpt_sidecar.formats import Rules  # noqa: PLC0415
-    from ckpt_sidecar.latest import newest_whole  # noqa: PLC0415
+    from ckpt_sidecar.standing import newest_whole  # noqa: PLC0415
 
     path = newest_whole(Path(watch), Rules(tuple(pattern)))
     if as_json:
@@ -202,23 +203,36 @@ def latest(*, as_json: bool, watch: str, pattern: Sequence[str]) -> None:
 
 
 @cli.command()
-@options("watch", "spool")
+@options("watch", "spool", "pattern")
 @click.argument("name", required=False)
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait at most.")
 @JSON
-def wait(*, as_json: bool, watch: str, spool: str, name: str | None, timeout: float) -> None:
-    """Wait until all checkpoints, or the one called NAME, are durable; 3 when they are not in time."""
+def wait(*, as_json: bool, name: str | None, timeout: float, **given: Any) -> None:
+    """Wait until all checkpoints, or the one called NAME, are durable; 3 when they are not in time.
+
+    All are those that were completed before the call. NAME is relative to the watch dir.
+    """
     import time  # noqa: PLC0415
 
     deadline = time.monotonic() + timeout
-    while True:
-        told = _ask(watch, spool)
-        left = [each["name"] for each in told["queue"] if name in (None, each["name"])]
-        if not left or time.monotonic() > deadline:
-            break
+    while (left := _not_durable(name, **given)) and time.monotonic() < deadline:
         time.sleep(0.2)
     click.echo(json.dumps({"not_durable": left}) if as_json else "\n".join(left), nl=bool(left) or as_json)
     raise SystemExit(3 if left else 0)
+
+
+def _not_durable(name: str | None, *, watch: str, spool: str, pattern: Sequence[str]) -> list[str]:
+    """What is on its way, and what the sidecar has not judged yet or not even seen."""
+    from ckpt_sidecar.formats import Rules  # noqa: PLC0415
+    from ckpt_sidecar.standing import not_settled  # noqa: PLC0415
+
+    queued = {each["name"] for each in _ask(watch, spool)["queue"]}
+    unsettled = not_settled(Path(watch), _home(watch, spool), Rules(tuple(pattern)), name)
+    return sorted((queued if name is None else queued & {name}) | set(unsettled))
+
+
+def _home(watch: str, spool: str) -> Path:
+    return Path(spool or Path(watch, HOME))
 
 
 def _ask(watch: str, spool: str) -> dict[str, Any]:
@@ -226,14 +240,14 @@ def _ask(watch: str, spool: str) -> dict[str, Any]:
     import urllib.request  # noqa: PLC0415
     from http.client import HTTPException  # noqa: PLC0415
 
-    record = Path(spool or Path(watch, ".ckpt-sidecar"), "spool.json")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        address = json.loads(record.read_bytes())["address"]
+        record = json.loads((_home(watch, spool) / "spool.json").read_bytes())
+        address = record["address"]
         with opener.open(f"http://{address}/status.json", timeout=5) as answer:
             told: dict[str, Any] = json.load(answer)
-        if "queue" not in told:
-            raise ValueError(f"at {address} answers something else")  # noqa: TRY301
+        if told["spool"] != record["spool"]:  # its port has been given to another since it ended
+            raise ValueError(f"at {address} answers another sidecar")  # noqa: TRY301
     except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
         raise click.ClickException(
             f"no sidecar answers for {watch}: {error} (is it running, with this --watch and --spool?)"

@@ -20,14 +20,13 @@ import click
 
 from ckpt_sidecar import __version__
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Missing
-from ckpt_sidecar.checkpoint import Book, Event, Failed, Progress
+from ckpt_sidecar.checkpoint import MANIFEST_NAME, Book, Event, Failed, Progress
 from ckpt_sidecar.child import FORWARDED, STOPS, CannotRun, Child
 from ckpt_sidecar.formats import flaw_of
 from ckpt_sidecar.landing import Landing, NoRoom
 from ckpt_sidecar.ledger import Ledger, Times
 from ckpt_sidecar.log import Log, configure, default_stream, on_terminal
 from ckpt_sidecar.manifest import (
-    MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     Holder,
     Mangled,
@@ -138,6 +137,7 @@ async def _daemon(
         bucket=settings.bucket,
         prefix=settings.prefix,
         watch=str(settings.watch),
+        spool=spool.record.spool,
         book=book,
     )
     readers += [metrics.tell, status.tell]

@@ -48,6 +48,7 @@ class Rules:
 
 _BLOCK = 4096
 _ZIP_MAGIC = b"PK\x03\x04"
+_ZIP_END = b"PK\x05\x06"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def look_at(file: BinaryIO, name: str) -> Look:
         return Look("is empty")
     try:
         head = _read(file, 0, min(size, 4))
-        if _ZIP_MAGIC.startswith(head) or head == b"PK\x05\x06":
+        if _ZIP_MAGIC.startswith(head) or head == _ZIP_END:
             _check_zip(file, size)
             return Look(None, sealed=True)
         if name.endswith(".safetensors"):
@@ -95,7 +96,12 @@ def _read(file: BinaryIO, offset: int, size: int) -> bytes:
 
 
 def _check_other(file: BinaryIO, size: int) -> None:
-    """A sample of 16 blocks must hold more than zeros (a preallocated file that was never written)."""
+    """A sample of 16 blocks must hold more than zeros (a preallocated file that was never written).
+
+    Nor may it end as an archive of torch.save's does: then its first page was lost, in a crash perhaps.
+    """
+    if size >= _END.size and _read(file, size - _END.size, _END.size).startswith(_ZIP_END):
+        raise _NotWhole("ends as a zip archive, and does not begin as one: its first page is lost")
     step = max(1, size // 16)
     for offset in (*range(0, size, step), max(0, size - _BLOCK)):
         if any(_read(file, offset, min(_BLOCK, size - offset))):
@@ -190,7 +196,7 @@ def _directory_of(file: BinaryIO, size: int) -> _Directory:
     """Find the directory by the end record, and by the zip64 end record where there is one."""
     start = max(0, size - _END.size - _MAX_COMMENT)
     tail = _read(file, start, size - start)
-    at = tail.rfind(b"PK\x05\x06")
+    at = tail.rfind(_ZIP_END)
     if at < 0 or at + _END.size > len(tail):
         raise _NotWhole("the end record of the zip archive is missing: cut short?")
     end = _END.unpack_from(tail, at)

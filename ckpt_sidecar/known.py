@@ -17,15 +17,16 @@ from pathlib import Path
 from ckpt_sidecar.checkpoint import File, Id
 from ckpt_sidecar.disk import Disk
 
+NAME = "known.jsonl"
 SLACK = 1000  # so many names of files that are gone, or lines that say nothing new, may pile up
 
 
 class Known:
     """The table, by name. Everything here may be asked from any thread."""
 
-    def __init__(self, root: Path, path: Path, disk: Disk) -> None:
+    def __init__(self, root: Path, home: Path, disk: Disk) -> None:
         self._root = root
-        self._path = path
+        self._path = home / NAME
         self._disk = disk
         self._mutex = threading.RLock()
         self._files: dict[str, File] = {}
@@ -104,6 +105,15 @@ class Known:
         self._lines = len(lines)
         with suppress(OSError):
             self._disk.write_file(self._path, "".join(lines).encode(), sync=False)
+
+
+def read_settled(home: Path) -> dict[str, File]:
+    """Return the files that the spool at `home` has settled, by name, as they were; for other processes."""
+    try:
+        text = (home / NAME).read_text("utf-8", "replace")
+    except FileNotFoundError:
+        return {}
+    return {file.name: file for file, _ in _lines(text)}
 
 
 def _line(file: File, id_: Id | None) -> str:

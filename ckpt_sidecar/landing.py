@@ -11,9 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from ckpt_sidecar.checkpoint import File, flaw_of_name
+from ckpt_sidecar.checkpoint import HOME, File, flaw_of_name
 from ckpt_sidecar.disk import Disk, file_of
-from ckpt_sidecar.spool import HOME
 
 
 class NoRoom(Exception):

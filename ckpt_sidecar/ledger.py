@@ -25,10 +25,17 @@ from ckpt_sidecar.bucket import (
     Unreachable,
     Upload,
 )
-from ckpt_sidecar.checkpoint import Adopted, Claimed, Event, Fenced, Rebuilt, UploadAborted
+from ckpt_sidecar.checkpoint import (
+    MANIFEST_NAME,
+    Adopted,
+    Claimed,
+    Event,
+    Fenced,
+    Rebuilt,
+    UploadAborted,
+)
 from ckpt_sidecar.manifest import (
     HISTORY,
-    MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
     Announced,
     Change,

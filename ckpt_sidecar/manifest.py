@@ -19,7 +19,6 @@ from ckpt_sidecar.checkpoint import Id, flaw_of_name, step_of
 T = TypeVar("T")
 
 SCHEMA = 1
-MANIFEST_NAME = "latest.json"
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024  # 100 entries take about 50 KiB; directories add their files
 HISTORY = 100  # entries kept by default
 

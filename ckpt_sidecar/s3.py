@@ -332,7 +332,8 @@ class S3Bucket:
         shown = answer.get("ChecksumCRC64NVME") if self.abilities.checksum else None
         if crc and shown and crc != shown:
             raise Corrupt(f"{key} was stored with the checksum {shown}, it should be {crc}")
-        return ObjectRef(key, size, bare(answer["ETag"]), crc or shown, version_of(answer), dict(metadata))
+        told = {name.lower(): value for name, value in metadata.items()}  # as it will be shown
+        return ObjectRef(key, size, bare(answer["ETag"]), crc or shown, version_of(answer), told)
 
 
 def _at(upload: Upload) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ckpt_sidecar.checkpoint import flaw_of_name
+from ckpt_sidecar.bucket import MAX_KEY_BYTES
+from ckpt_sidecar.checkpoint import MAX_NAME_BYTES, flaw_of_name
 from ckpt_sidecar.formats import Rules
 from ckpt_sidecar.manifest import HISTORY
 
@@ -123,6 +124,8 @@ def _flaw_of_bucket(name: str) -> str | None:
 
 def _flaw_of_prefix(prefix: str) -> str | None:
     flaw = flaw_of_name(prefix.removesuffix("/")) if prefix else None
+    if len(prefix.encode(errors="replace")) > MAX_KEY_BYTES - MAX_NAME_BYTES:
+        flaw = f"is longer than {MAX_KEY_BYTES - MAX_NAME_BYTES} bytes"
     return flaw and f"{flaw} (give a path such as team/run-17)"
 
 

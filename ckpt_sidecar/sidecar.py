@@ -17,6 +17,7 @@ from enum import IntEnum
 
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Refused, Upload
 from ckpt_sidecar.checkpoint import (
+    HOME,
     Book,
     Drained,
     Draining,
@@ -37,7 +38,7 @@ from ckpt_sidecar.pipeline import Keep, Pipeline
 from ckpt_sidecar.policy import drain_order, retry_delay
 from ckpt_sidecar.restorer import NothingRestored, Restorer
 from ckpt_sidecar.settings import Settings
-from ckpt_sidecar.spool import HOME, Spool
+from ckpt_sidecar.spool import Spool
 from ckpt_sidecar.watcher import Watcher
 
 
@@ -86,6 +87,7 @@ class Sidecar:
         self._claimed_in = spool.record.attempt
         self._landing = Landing(settings.watch)
         self._failed_restore = ""
+        self._not_ready = "the bucket had not answered yet"
         self._ledger = Ledger(
             world.bucket,
             prefix=settings.prefix,
@@ -133,7 +135,8 @@ class Sidecar:
         try:
             await self._take_up()
             if not await self._unless_stopped(self._prepare()):
-                return self._end()
+                end = self._end()
+                return End((child.stopped if child else 0) or end.code, end.reason)
         except FencedOff as fenced:
             return await self._hold(fenced, child)
         if child is None:
@@ -173,6 +176,7 @@ class Sidecar:
                 tries += 1
                 self._say_not_ready(error)
                 await self._world.times.sleep(retry_delay(tries, chance=self._world.times.chance(), base=1.0))
+        self._not_ready = ""
         if not self._failed_restore:
             self._world.tell(Ready(self._world.seconds() - started))
 
@@ -182,7 +186,8 @@ class Sidecar:
         self._world.tell(
             Failed("start", reason, f"s3://{self._settings.bucket}/{self._settings.prefix}", str(error), hint)
         )
-        self._world.tell(NotReady(str(error)))
+        self._not_ready = str(error)
+        self._world.tell(NotReady(self._not_ready))
 
     async def _claim(self) -> None:
         if self._ledger.generation:
@@ -284,6 +289,8 @@ class Sidecar:
             return End(Exit.NOT_DURABLE, f"not durable at the drain deadline: {', '.join(left[:20])}")
         if self._failed_restore:
             return End(Exit.NOTHING_RESTORED, self._failed_restore)
+        if self._not_ready:
+            return End(Exit.DURABLE, f"nothing was saved, and it never became ready: {self._not_ready}")
         return End(Exit.DURABLE, "all checkpoints are durable")
 
     # --- fenced ---

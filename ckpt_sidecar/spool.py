@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import (
+    HOME,
     Caught,
     Checkpoint,
     File,
@@ -42,7 +43,6 @@ from ckpt_sidecar.checkpoint import (
 from ckpt_sidecar.disk import Disk, file_of
 from ckpt_sidecar.known import Known
 
-HOME = ".ckpt-sidecar"
 RESERVE = 1000  # ids taken from the record at a time: one durable write for a thousand checkpoints
 OWN = 10**9  # ids of generation 0 that a spool has to itself; an id's number has 18 digits at most
 
@@ -123,7 +123,7 @@ class Spool:
         self._sequence = 0
         self._held: dict[tuple[tuple[int, int], str], int] = {}
         self._pinned_descriptors: dict[Id, int] = {}
-        self.known = Known(root, self.home / "known.jsonl", self.disk)
+        self.known = Known(root, self.home, self.disk)
 
     # --- opening ---
 

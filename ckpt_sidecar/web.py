@@ -39,10 +39,10 @@ class CannotListen(Exception):
 class Status:
     """How things stand, as `/status.json` tells it. `state`: starting, ready, draining, fenced, stopped."""
 
-    def __init__(self, *, version: str, bucket: str, prefix: str, watch: str, book: Book) -> None:
+    def __init__(self, *, version: str, bucket: str, prefix: str, watch: str, spool: str, book: Book) -> None:
         self.ready = False
         self.reason = "has not claimed the prefix yet"
-        self._fixed = {"schema": SCHEMA, "version": version, "watch": watch}
+        self._fixed = {"schema": SCHEMA, "version": version, "watch": watch, "spool": spool}
         self._bucket = bucket
         self._prefix = prefix
         self._book = book

@@ -26,8 +26,8 @@ import pytest
 from ckpt_sidecar import __version__
 from ckpt_sidecar.cli import cli as commands
 from ckpt_sidecar.formats import Rules
-from ckpt_sidecar.latest import newest_whole
 from ckpt_sidecar.settings import ENV_PREFIX, Settings, names_of_settings
+from ckpt_sidecar.standing import newest_whole
 
 SECONDS = 60  # within which every process here must end
 HEAVY = ("aioboto3", "aiohttp", "boto3", "botocore", "prometheus_client", "torch")
@@ -390,6 +390,7 @@ def account(*queue: str, reason: str = "", newest: str = "") -> bytes:
     """Return a sidecar's answer: names that are on their way."""
     told = {
         "schema": 1,
+        "spool": "s",
         "state": "ready",
         "reason": reason,
         "lag_seconds": 12.345,
@@ -474,16 +475,65 @@ def test_status_goes_by_no_proxy_and_finds_a_spool_elsewhere(tmp_path: Path, clo
         assert run("status", "--watch", watch).code == 1
 
 
+def note_settled(watch: Path, name: str, id_: str | None = "1-1") -> None:
+    """Write down that the file is settled, as the sidecar does."""
+    status = (watch / name).stat()
+    with (watch / ".ckpt-sidecar/known.jsonl").open("a") as known:
+        known.write(json.dumps([name, status.st_size, status.st_mtime_ns, id_]) + "\n")
+
+
+def test_a_sidecar_of_another_watch_dir_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    """Its predecessor on the port has ended, and what it noted is stale."""
+    with answering(tmp_path, account().replace(b'"s"', b'"another"')):
+        told = run("status", "--watch", tmp_path)
+    assert told.code == 1
+    assert "answers another sidecar" in told.err
+
+
 def test_wait_waits_until_all_is_durable(tmp_path: Path) -> None:
-    """Or until the one is that it was asked for."""
+    """All that was on its way."""
     both, one, none = account("a.pt", "b.pt"), account("b.pt"), account()
     with answering(tmp_path, both, one, none):
         assert run("wait", "--watch", tmp_path) == Ran(0, "", "")
-    with answering(tmp_path, both, both, one):
-        assert run("wait", "--watch", tmp_path, "a.pt") == Ran(0, "", "")
     with answering(tmp_path, both, none):
         told = run("wait", "--watch", tmp_path, "--json")
         assert (told.code, json.loads(told.out)) == (0, {"not_durable": []})
+
+
+def test_wait_waits_for_the_one_that_it_was_asked_for(tmp_path: Path) -> None:
+    """Also when the trainer has deleted it meanwhile; whatever the others do."""
+    with answering(tmp_path, account("a.pt", "b.pt"), account("b.pt")):
+        (tmp_path / "a.pt").write_bytes(b"weights")
+        note_settled(tmp_path, "a.pt")
+        assert run("wait", "--watch", tmp_path, "a.pt") == Ran(0, "", "")
+        (tmp_path / "a.pt").unlink()
+        assert run("wait", "--watch", tmp_path, "a.pt") == Ran(0, "", "")
+
+
+def test_wait_is_not_fooled_by_what_the_sidecar_has_not_seen_yet(tmp_path: Path) -> None:
+    """Just saved, held without a verdict, saved anew since, or not even saved: not durable."""
+    with answering(tmp_path, account()):
+
+        def left(*name: str) -> str:
+            told = run("wait", "--watch", tmp_path, "--timeout", "0", *name)
+            assert told.code == (3 if told.out else 0)
+            return told.out
+
+        assert left("never.pt") == "never.pt\n"
+        (tmp_path / "a.pt").write_bytes(b"weights")
+        (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04, and no more")
+        (tmp_path / "notes.txt").write_bytes(b"no checkpoint")
+        assert left() == left("a.pt") == "a.pt\n"
+        note_settled(tmp_path, "a.pt")
+        assert left() == left("a.pt") == ""
+        (tmp_path / "a.pt").write_bytes(b"other weights")
+        assert left() == left("a.pt") == "a.pt\n"
+        note_settled(tmp_path, "a.pt", None)
+        held = tmp_path / ".ckpt-sidecar/caught/1-2-3/run"
+        held.mkdir(parents=True)
+        (held / "b.pt").write_bytes(b"weights")
+        assert left() == left("run/b.pt") == "run/b.pt\n"
+        assert left("a.pt") == ""
 
 
 def test_wait_ends_when_its_time_is_over(tmp_path: Path) -> None:
@@ -633,17 +683,17 @@ def test_a_sidecar_that_cannot_reach_its_bucket_lives_is_not_ready_and_says_why(
 
 
 def test_a_trainer_is_not_started_before_its_checkpoint_is_there(tmp_path: Path, closed: int) -> None:
-    """A stop meanwhile ends the sidecar, and the trainer has never been started."""
+    """A stop meanwhile ends the sidecar with the code of a stopped trainer; it has never been started."""
     started = tmp_path / "started"
     with running(tmp_path / "ckpt", closed, "--", "touch", started) as daemon:
         daemon.until_told("retrying")
         assert daemon.get("/readyz")[0] == 503
-        daemon.stop()
+        assert daemon.stop()[0] == 128 + signal.SIGTERM
     assert not started.exists()
 
 
 def test_a_stop_when_there_is_nothing_to_send_is_a_good_end(tmp_path: Path, closed: int) -> None:
-    """All is durable: exit code 0, at once; why it ended goes to the pod's termination message."""
+    """Nothing is at risk: exit code 0, at once; why it ended goes to the pod's termination message."""
     message = tmp_path / "termination-log"
     message.touch()
     script = f"""
@@ -655,7 +705,7 @@ cli.main()
     with running(tmp_path / "ckpt", closed, script=script) as daemon:
         daemon.until_told("retrying")
         assert daemon.stop() == (0, "")
-        assert message.read_text() == "all checkpoints are durable"
+        assert message.read_text().startswith("nothing was saved, and it never became ready: ")
     told = run("--watch", message, "--bucket", "models", script=script)
     assert told.code == 1
     assert message.read_text() == f"not a directory: {message} (--watch takes the checkpoint directory)"

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -376,6 +377,18 @@ async def test_a_stop_before_the_start_is_not_lost(tmp_path: Path, memory: Memor
         assert (await life.end()).code == Exit.DURABLE
 
 
+async def test_who_never_became_ready_does_not_say_that_all_is_well(
+    tmp_path: Path, memory: MemoryBucket
+) -> None:
+    """Nothing was saved, so nothing is at risk; but the last words are why it was never ready."""
+    async with living(tmp_path / "a", memory) as life:
+        life.steps.fail("probe", Denied("no credentials", reason="credentials"), times=10**9)
+        life.start()
+        await life.told.until(lambda: life.told.of(NotReady))
+        end = await life.stop()
+    assert end == End(Exit.DURABLE, "nothing was saved, and it never became ready: no credentials")
+
+
 # --- the bucket at the start -------------------------------------------------------------------------
 
 
@@ -589,6 +602,20 @@ async def test_a_child_starts_after_the_restore_and_what_it_saves_is_durable(
         life.start(Child(["sh", "-c", script, str(life.root)], grace=5.0))
         assert (await life.end()).code == 7
         assert memory.body("job/y.pt") == b"weights"
+
+
+async def test_a_child_that_a_stop_kept_from_starting_has_not_succeeded(
+    tmp_path: Path, memory: MemoryBucket
+) -> None:
+    """Else the scheduler would take the job for done: 128 + 15, as if the trainer itself had been stopped."""
+    child = Child(["sh", "-c", 'touch "$0/started"', str(tmp_path)], grace=5.0)
+    async with living(tmp_path / "a", memory) as life:
+        life.steps.fail("get", Unreachable("no route"), times=10**9)
+        life.start(child)
+        await life.told.until(lambda: life.told.of(NotReady))
+        assert not child.send(signal.SIGTERM)
+        assert (await life.stop()).code == 128 + signal.SIGTERM
+    assert not (tmp_path / "started").exists()
 
 
 async def test_a_child_is_not_started_where_nothing_could_be_restored(

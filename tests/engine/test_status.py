@@ -49,6 +49,7 @@ async def test_status_before_anything_has_happened() -> None:
             "schema": 1,
             "version": "0",
             "watch": "/ckpt",
+            "spool": "s",
             "state": "starting",
             "ready": False,
             "reason": "has not claimed the prefix yet",

@@ -29,7 +29,9 @@ class Sidecar:
         self.book = Book()
         self.now = float(NOW)
         self.metrics = Metrics(version="0", python="3", clock=lambda: self.now, book=self.book)
-        self.status = web.Status(version="0", bucket="b", prefix="run/", watch="/ckpt", book=self.book)
+        self.status = web.Status(
+            version="0", bucket="b", prefix="run/", watch="/ckpt", spool="s", book=self.book
+        )
 
     def tell(self, *events: Event) -> None:
         """Let these happen."""
