@@ -264,7 +264,7 @@ def _retry_after(headers: Mapping[str, str]) -> float:
 
 
 _SECRETS = (
-    (re.compile(r"(?<=//)[^/@\s]+@"), ""),  # user:password@ in an endpoint
+    (re.compile(r"(?<=//)[^/\s]+@"), ""),  # user:password@ in an endpoint
     (re.compile(r"\?[^\s\"'>]*"), ""),  # the query: presigned signatures and tokens
     (re.compile(r"(?i)(authorization|signature|credential|security-token)([\"']?\s*[:=]\s*).+"), r"\1\2..."),
 )

@@ -31,6 +31,7 @@ from ckpt_sidecar.checkpoint import (
     Claimed,
     Event,
     Fenced,
+    Id,
     Rebuilt,
     UploadAborted,
 )
@@ -334,6 +335,13 @@ class Ledger:
         It is always written: an announcement that was given up may have landed without our knowledge.
         """
         await self.swap(lambda seen: forgotten(seen, {upload_id}))
+
+    async def met(self, id_: Id) -> None:
+        """Look who holds the prefix when a save of a generation after ours is met; FencedOff if another."""
+        if id_.generation > self.generation:
+            async with self._lock:
+                await self._look(token="")
+                self._check_fence()
 
     async def commit(self, entry: Entry) -> None:
         """Enter the checkpoint: when this returns it is durable."""

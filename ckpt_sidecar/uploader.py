@@ -72,6 +72,9 @@ class Announcer(Protocol):
     async def forget(self, upload_id: str) -> None:
         """Take an upload that is gone out of the manifest."""
 
+    async def met(self, id_: Id) -> None:
+        """Be told of a greater id at a key: somebody may have claimed the prefix since."""
+
 
 class Slots:
     """So many parts at a time; of those that wait, the newest checkpoint's go first."""
@@ -226,6 +229,7 @@ class Uploader:
             return Absent()
         theirs = described(ref, job.checkpoint.name, 0)
         if theirs is not None and theirs.id > job.checkpoint.id:
+            await self._announcer.met(theirs.id)
             return Superseded(theirs.id)
         if theirs is not None and theirs.id == job.checkpoint.id:
             crc = await asyncio.to_thread(_crc_of, job.source, job.size)

@@ -414,6 +414,17 @@ async def test_who_meets_a_greater_generation_is_fenced(bucket: MemoryBucket, to
     assert told.of(Fenced) == [Fenced(2, "node-a pid 42 (attempt attempt-1)")]
 
 
+async def test_a_save_of_a_later_generation_is_a_reason_to_look(bucket: MemoryBucket, told: Told) -> None:
+    """Whoever meets one asks who holds the prefix; one of its own generation or an earlier one is none."""
+    ledger = await claimed(bucket, told)
+    await claimed(bucket, spool="spool-b")
+    await ledger.met(Id(1, 99))
+    assert told.of(Fenced) == []
+    with pytest.raises(FencedOff):
+        await ledger.met(Id(2, 1))
+    assert len(told.of(Fenced)) == 1
+
+
 async def test_an_equal_generation_of_another_holder_fences(bucket: MemoryBucket) -> None:
     """Two that claimed the same number, because the manifest was lost in between, do not share it."""
     ledger = await claimed(bucket)

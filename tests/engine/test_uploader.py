@@ -340,9 +340,9 @@ async def test_a_smaller_id_at_the_key_is_replaced(rig: Rig, content: bytes) -> 
 @pytest.mark.parametrize("content", [b"weights", LARGE])
 async def test_a_greater_id_at_the_key_is_never_replaced(rig: Rig, content: bytes) -> None:
     """A newer save of the name stands there: this one is superseded, and its upload aborted."""
-    await rig.stands(Id(2, 1), b"newer")
+    await rig.stands(Id(1, 9), b"newer")
     ended = await rig.upload(rig.pin(content=content))
-    assert ended.state == Superseded(Id(2, 1))
+    assert ended.state == Superseded(Id(1, 9))
     assert rig.body() == b"newer"
     assert nothing_under_way(rig)
 
@@ -542,6 +542,19 @@ async def test_who_is_fenced_completes_nothing(rig: Rig) -> None:
     with pytest.raises(Exception, match="is held by node-a"):
         await rig.upload(checkpoint)
     assert "job/x.pt" not in rig.memory.objects
+
+
+@pytest.mark.parametrize("content", [b"weights", LARGE])
+async def test_who_meets_a_save_of_the_next_holder_is_fenced(rig: Rig, content: bytes) -> None:
+    """The zombie saves a name that its successor has saved: it does not just pass that over."""
+    other = ledger_of(rig.memory, Told())
+    await other.claim(holder("spool-b"))
+    await rig.stands(Id(2, 1), b"newer")
+    checkpoint = rig.pin(content=content)
+    with pytest.raises(Exception, match="is held by node-a"):
+        await rig.upload(checkpoint)
+    assert rig.body() == b"newer"
+    assert rig.states in ([], ["uploading"])  # nothing has ended: its pin stays
 
 
 # --- slots -------------------------------------------------------------------------------------------
