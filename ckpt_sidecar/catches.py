@@ -15,9 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from ckpt_sidecar.checkpoint import Caught, Event, Failed, File, Ignored, WatchLost, flaw_of_name
+from ckpt_sidecar.checkpoint import Caught, File
 from ckpt_sidecar.completion import Candidate, Evidence, Seen, noticed
+from ckpt_sidecar.events import Event, Failed, Ignored, WatchLost
 from ckpt_sidecar.formats import Rules
+from ckpt_sidecar.names import flaw_of_name
 
 Key = tuple[str, tuple[int, int]]  # name and inode
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from ckpt_sidecar import __version__
-from ckpt_sidecar.checkpoint import HOME
+from ckpt_sidecar.names import HOME
 from ckpt_sidecar.settings import ENV_PREFIX, BadSetting, Settings
 
 TERMINATION_LOG = Path("/dev/termination-log")

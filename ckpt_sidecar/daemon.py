@@ -20,21 +20,17 @@ import click
 
 from ckpt_sidecar import __version__
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Missing
-from ckpt_sidecar.checkpoint import MANIFEST_NAME, Book, Event, Failed, Progress
+from ckpt_sidecar.checkpoint import Book
 from ckpt_sidecar.child import FORWARDED, STOPS, CannotRun, Child
+from ckpt_sidecar.document import MAX_MANIFEST_BYTES, Mangled, UnknownSchema, dump_entry, parse
+from ckpt_sidecar.events import Event, Failed, Progress
 from ckpt_sidecar.formats import flaw_of
 from ckpt_sidecar.landing import Landing, NoRoom
 from ckpt_sidecar.ledger import Ledger, Times
 from ckpt_sidecar.log import Log, configure, default_stream, on_terminal
-from ckpt_sidecar.manifest import (
-    MAX_MANIFEST_BYTES,
-    Holder,
-    Mangled,
-    UnknownSchema,
-    dump_entry,
-    parse,
-)
+from ckpt_sidecar.manifest import Holder
 from ckpt_sidecar.metrics import Metrics
+from ckpt_sidecar.names import MANIFEST_NAME
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.restorer import NothingRestored, Restorer
 from ckpt_sidecar.s3 import S3Bucket

@@ -89,3 +89,38 @@ class Disk:
     def free_bytes(self, path: Path) -> int:
         """Bytes that we may still write on the file system of `path`."""
         return shutil.disk_usage(path).free
+
+
+class BytesChanged(Exception):
+    """The pinned file is not as it was when it was pinned: somebody writes it in place."""
+
+
+class PinnedFile:
+    """The open bytes of a pin: a `bucket.Source` that never hands out bytes of a file that has changed."""
+
+    def __init__(self, descriptor: int, file: File) -> None:
+        self._descriptor = descriptor
+        self._file = file
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        """Fill `view` from `offset`; return how many bytes there were. BytesChanged: they are not those."""
+        got = 0
+        while got < len(view):
+            n = os.preadv(self._descriptor, [view[got:]], offset + got)
+            if n == 0:
+                break
+            got += n
+        self.check()
+        return got
+
+    def check(self) -> None:
+        """Raise BytesChanged unless the inode is as it was when it was pinned."""
+        now = file_of(self._file.name, os.fstat(self._descriptor))
+        if now != self._file:
+            raise BytesChanged(
+                f"{now.name}: pinned with {self._file.size} bytes, now {now.size}; or rewritten"
+            )
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._descriptor)

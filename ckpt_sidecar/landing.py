@@ -11,8 +11,9 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from ckpt_sidecar.checkpoint import HOME, File, flaw_of_name
+from ckpt_sidecar.checkpoint import File
 from ckpt_sidecar.disk import Disk, file_of
+from ckpt_sidecar.names import HOME, flaw_of_name
 
 
 class NoRoom(Exception):

@@ -25,37 +25,26 @@ from ckpt_sidecar.bucket import (
     Unreachable,
     Upload,
 )
-from ckpt_sidecar.checkpoint import (
-    MANIFEST_NAME,
-    Adopted,
-    Claimed,
-    Event,
-    Fenced,
-    Id,
-    Rebuilt,
-    UploadAborted,
-)
+from ckpt_sidecar.checkpoint import Id
+from ckpt_sidecar.document import MAX_MANIFEST_BYTES, Mangled, UnknownSchema, dump, parse
+from ckpt_sidecar.events import Adopted, Claimed, Event, Fenced, Rebuilt, UploadAborted
 from ckpt_sidecar.manifest import (
     HISTORY,
-    MAX_MANIFEST_BYTES,
     Announced,
     Change,
     Entry,
     Expiring,
     Holder,
-    Mangled,
     Manifest,
-    UnknownSchema,
     announced,
     claimed,
     committed,
     deleted,
     described,
-    dump,
     expired,
     forgotten,
-    parse,
 )
+from ckpt_sidecar.names import MANIFEST_NAME
 from ckpt_sidecar.policy import retry_delay
 
 SWAP_TRIES = 20  # a foreign writer that beats us twenty times in a row is said, not fought

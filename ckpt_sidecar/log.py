@@ -14,16 +14,15 @@ from typing import Any, TextIO
 
 import structlog
 
-from ckpt_sidecar.checkpoint import (
+from ckpt_sidecar.checkpoint import Id, Pinned, Stored, Uploading
+from ckpt_sidecar.events import (
     Event,
     Failed,
     FellBack,
     Fenced,
-    Id,
     Ignored,
     Moved,
     NotReady,
-    Pinned,
     PinnedByDescriptor,
     Probed,
     Progress,
@@ -33,9 +32,7 @@ from ckpt_sidecar.checkpoint import (
     Rescanned,
     Restored,
     Retrying,
-    Stored,
     Torn,
-    Uploading,
     WatchLost,
     event_name,
 )

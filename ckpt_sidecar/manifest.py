@@ -1,4 +1,4 @@
-"""`latest.json` as a value: read as hostile input, changed by pure functions, written back.
+"""`latest.json` as a value, changed by pure functions; `document.py` reads and writes it.
 
 Every change here may be applied twice to the same end (a swap whose answer was lost is said again), and
 `checkpoints` stays sorted, newest first, one entry for each name.
@@ -6,34 +6,22 @@ Every change here may be applied twice to the same end (a swap whose answer was 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
-from ckpt_sidecar.bucket import MAX_OBJECT_BYTES, ObjectRef, decode_crc64
-from ckpt_sidecar.checkpoint import Id, flaw_of_name, step_of
+from ckpt_sidecar.bucket import ObjectRef
+from ckpt_sidecar.checkpoint import Id
+from ckpt_sidecar.names import flaw_of_name
 
-T = TypeVar("T")
-
-SCHEMA = 1
-MAX_MANIFEST_BYTES = 16 * 1024 * 1024  # 100 entries take about 50 KiB; directories add their files
 HISTORY = 100  # entries kept by default
 
 # The metadata that every object carries about itself (rule 7).
 META_ID = "ckpt-id"
 META_SAVED_AT = "ckpt-saved-at"
 META_SIZE = "ckpt-size"
-
-
-class Mangled(ValueError):
-    """What the bucket holds as `latest.json` cannot be read as one; says the place and why."""
-
-
-class UnknownSchema(ValueError):
-    """`latest.json` was written by a newer ckpt-sidecar: it is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,244 +186,3 @@ def parse_rfc3339(text: str) -> int:
         raise ValueError(f"not a time in RFC 3339 UTC: {text!r}")
     whole = datetime.fromisoformat(match[1]).replace(tzinfo=UTC) - _EPOCH
     return (whole.days * 86_400 + whole.seconds) * 1_000_000_000 + int((match[2] or "").ljust(9, "0"))
-
-
-# --- writing -----------------------------------------------------------------------------------------
-
-
-def dump(manifest: Manifest, *, bucket: str) -> bytes:
-    """Return the manifest as `latest.json`."""
-    holder = manifest.holder
-    data: dict[str, Any] = dict(manifest.extra) | {
-        "schema": SCHEMA,
-        "updated_at": rfc3339(manifest.updated_at),
-        "write": manifest.write,
-        "generation": manifest.generation,
-        "holder": holder
-        and {
-            "spool": holder.spool,
-            "attempt": holder.attempt,
-            "host": holder.host,
-            "pid": holder.pid,
-            "since": rfc3339(holder.since),
-        },
-        "checkpoints": [dump_entry(each, bucket=bucket) for each in manifest.checkpoints],
-        "uploads": [_dump_upload(each) for each in manifest.uploads],
-        "expiring": [_dump_expiring(each) for each in manifest.expiring],
-    }
-    return (json.dumps(data, indent=1, ensure_ascii=True) + "\n").encode("ascii")
-
-
-def dump_entry(entry: Entry, *, bucket: str) -> dict[str, Any]:
-    """Return the entry as it stands in `latest.json`."""
-    first = entry.objects[0]
-    return dict(entry.extra) | {
-        "id": str(entry.id),
-        "name": entry.name,
-        "key": first.key,
-        "uri": f"s3://{bucket}/{first.key}",
-        "version_id": first.version_id,
-        "size": first.size,
-        "crc64nvme": first.crc64nvme,
-        "etag": first.etag,
-        "saved_at": rfc3339(entry.saved_at),
-        "stored_at": rfc3339(entry.stored_at),
-        "step": step_of(entry.name),
-    }
-
-
-def _dump_upload(upload: Announced) -> dict[str, Any]:
-    return {
-        "id": str(upload.id),
-        "name": upload.name,
-        "key": upload.key,
-        "upload_id": upload.upload_id,
-        "size": upload.size,
-        "saved_at": rfc3339(upload.saved_at),
-        "spool": upload.spool,
-    }
-
-
-def _dump_expiring(expiring: Expiring) -> dict[str, Any]:
-    return {
-        "id": str(expiring.id),
-        "key": expiring.key,
-        "etag": expiring.etag,
-        "version_id": expiring.version_id,
-    }
-
-
-# --- reading, as hostile input -----------------------------------------------------------------------
-
-MAX_TEXT = 4096
-_ENTRY_FIELDS = frozenset(
-    "id name key uri version_id size crc64nvme etag saved_at stored_at step".split()  # noqa: SIM905
-)
-_FIELDS = frozenset(
-    "schema updated_at write generation holder checkpoints uploads expiring".split()  # noqa: SIM905
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    """A JSON object and the place where it stands, so that every complaint names it."""
-
-    data: Mapping[str, Any]
-    place: str
-
-    def fail(self, name: str, why: str) -> Mangled:
-        return Mangled(f"{self.place}{name} {why}")
-
-    def text(self, name: str) -> str:
-        value = self.data.get(name)
-        if not isinstance(value, str) or len(value) > MAX_TEXT:
-            raise self.fail(name, "is not a text")
-        return value
-
-    def maybe_text(self, name: str) -> str | None:
-        return None if self.data.get(name) is None else self.text(name)
-
-    def number(self, name: str, top: int) -> int:
-        value = self.data.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= top:
-            raise self.fail(name, f"is not a whole number from 0 to {top}")
-        return value
-
-    def parsed(self, name: str, parse: Callable[[str], T]) -> T:
-        try:
-            return parse(self.text(name))
-        except ValueError as error:
-            raise self.fail(name, str(error)) from None
-
-    def children(self, name: str) -> list[_Node]:
-        value = self.data.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-            raise self.fail(name, "is not a list of objects")
-        return [_Node(each, f"{self.place}{name}[{n}].") for n, each in enumerate(value)]
-
-
-def parse(raw: bytes, *, prefix: str) -> Manifest:
-    """Read `latest.json`; every key must lie under `prefix`.
-
-    Raises UnknownSchema for one of a newer ckpt-sidecar, Mangled (naming the place) for anything else that
-    it should not be.
-    """
-    node = _Node(_load(raw), "")
-    schema = node.data.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise UnknownSchema(f"schema {schema} is newer than the {SCHEMA} that this ckpt-sidecar knows")
-    if schema != SCHEMA:
-        raise node.fail("schema", f"is {schema!r}, not {SCHEMA}")
-    entries = [_entry(child, prefix) for child in node.children("checkpoints")]
-    if [each.id for each in entries] != sorted({each.id for each in entries}, reverse=True):
-        raise node.fail("checkpoints", "are not newest first, each id once")
-    return Manifest(
-        generation=node.number("generation", 10**15),
-        holder=_holder(node),
-        write=node.text("write"),
-        updated_at=node.parsed("updated_at", parse_rfc3339),
-        checkpoints=tuple(entries),
-        uploads=tuple(_upload(child, prefix) for child in node.children("uploads")),
-        expiring=tuple(_expiring(child, prefix) for child in node.children("expiring")),
-        extra={name: value for name, value in node.data.items() if name not in _FIELDS},
-    )
-
-
-def _load(raw: bytes) -> Mapping[str, Any]:
-    try:
-        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
-    except RecursionError:
-        raise Mangled("nested too deep") from None
-    except ValueError as error:
-        raise Mangled(f"not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise Mangled("not a JSON object")
-    return data
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise ValueError("a field stands twice in one object")
-    return dict(pairs)
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
-
-
-def _holder(node: _Node) -> Holder | None:
-    data = node.data.get("holder")
-    if data is None:
-        return None
-    if not isinstance(data, dict):
-        raise node.fail("holder", "is not an object")
-    child = _Node(data, "holder.")
-    return Holder(
-        spool=child.text("spool"),
-        attempt=child.text("attempt"),
-        host=child.text("host"),
-        pid=child.number("pid", 2**32),
-        since=child.parsed("since", parse_rfc3339),
-    )
-
-
-def _name(text: str) -> str:
-    flaw = flaw_of_name(text)
-    if flaw is not None:
-        raise ValueError(f"{text!r} {flaw}")
-    return text
-
-
-def _crc(text: str) -> str:
-    decode_crc64(text)
-    return text
-
-
-def _key(node: _Node, prefix: str, name: str | None) -> str:
-    """The key: just that of `name`, or where there is no name, one under the prefix that could be."""
-    key = node.text("key")
-    inside = key.removeprefix(prefix)
-    if key != prefix + inside or (inside != name if name is not None else flaw_of_name(inside) is not None):
-        raise node.fail("key", f"{key!r} is not a checkpoint's under the prefix {prefix!r}")
-    return key
-
-
-def _entry(node: _Node, prefix: str) -> Entry:
-    name = node.parsed("name", _name)
-    ref = ObjectRef(
-        key=_key(node, prefix, name),
-        size=node.number("size", MAX_OBJECT_BYTES),
-        etag=node.text("etag"),
-        crc64nvme=None if node.data.get("crc64nvme") is None else node.parsed("crc64nvme", _crc),
-        version_id=node.maybe_text("version_id"),
-    )
-    return Entry(
-        id=node.parsed("id", Id.parse),
-        name=name,
-        objects=(ref,),
-        saved_at=node.parsed("saved_at", parse_rfc3339),
-        stored_at=node.parsed("stored_at", parse_rfc3339),
-        extra={name: value for name, value in node.data.items() if name not in _ENTRY_FIELDS},
-    )
-
-
-def _upload(node: _Node, prefix: str) -> Announced:
-    name = node.parsed("name", _name)
-    return Announced(
-        id=node.parsed("id", Id.parse),
-        name=name,
-        key=_key(node, prefix, name),
-        upload_id=node.text("upload_id"),
-        size=node.number("size", MAX_OBJECT_BYTES),
-        saved_at=node.parsed("saved_at", parse_rfc3339),
-        spool=node.text("spool"),
-    )
-
-
-def _expiring(node: _Node, prefix: str) -> Expiring:
-    return Expiring(
-        id=node.parsed("id", Id.parse),
-        key=_key(node, prefix, None),
-        etag=node.text("etag"),
-        version_id=node.maybe_text("version_id"),
-    )

@@ -23,18 +23,25 @@ from prometheus_client.metrics import MetricWrapperBase
 from ckpt_sidecar.checkpoint import (
     Book,
     Changed,
-    Claimed,
     Committed,
+    Id,
+    Pinned,
+    Skipped,
+    Stored,
+    Superseded,
+    Uploading,
+    state_name,
+)
+from ckpt_sidecar.events import (
+    Claimed,
     Drained,
     Draining,
     Event,
     Failed,
     FellBack,
     Fenced,
-    Id,
     Moved,
     NotReady,
-    Pinned,
     Probed,
     Progress,
     Ready,
@@ -42,15 +49,10 @@ from ckpt_sidecar.checkpoint import (
     Rescanned,
     Restored,
     Retrying,
-    Skipped,
-    Stored,
-    Superseded,
     Torn,
-    Uploading,
-    state_name,
-    step_of,
 )
 from ckpt_sidecar.labels import LABELS, failure_reason, within
+from ckpt_sidecar.names import step_of
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "ckpt_sidecar_"

@@ -25,7 +25,7 @@ from ckpt_sidecar.bucket import (
     Unreachable,
     Upload,
 )
-from ckpt_sidecar.checkpoint import Event, Retrying
+from ckpt_sidecar.events import Event, Retrying
 from ckpt_sidecar.policy import retry_delay
 
 T = TypeVar("T")

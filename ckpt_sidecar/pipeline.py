@@ -16,19 +16,14 @@ from ckpt_sidecar.checkpoint import (
     Changed,
     Checkpoint,
     Committed,
-    Deleted,
-    Event,
-    Failed,
     Id,
-    Moved,
     Pinned,
-    PinnedByDescriptor,
-    Retrying,
     Skipped,
     Stored,
     Superseded,
     advance,
 )
+from ckpt_sidecar.events import Deleted, Event, Failed, Moved, PinnedByDescriptor, Retrying
 from ckpt_sidecar.landing import Landing
 from ckpt_sidecar.ledger import Ledger, Times
 from ckpt_sidecar.manifest import Entry

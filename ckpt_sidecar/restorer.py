@@ -36,7 +36,8 @@ from ckpt_sidecar.bucket import (
     join_crc64,
     spans,
 )
-from ckpt_sidecar.checkpoint import Checkpoint, Event, FellBack, File, Id, Progress, Restored
+from ckpt_sidecar.checkpoint import Checkpoint, File, Id
+from ckpt_sidecar.events import Event, FellBack, Progress, Restored
 from ckpt_sidecar.landing import Incoming, Landing, NoRoom
 from ckpt_sidecar.manifest import Entry, Manifest, described
 from ckpt_sidecar.patience import together

@@ -41,7 +41,7 @@ from ckpt_sidecar.bucket import (
     encode_crc64,
     join_crc64,
 )
-from ckpt_sidecar.checkpoint import Requested
+from ckpt_sidecar.events import Requested
 from ckpt_sidecar.probe import FULL_OBJECT, Manners, probe
 
 T = TypeVar("T")
@@ -144,14 +144,10 @@ class S3Bucket:
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectRef]:
         """As `Bucket.list`."""
-        arguments: dict[str, Any] = {"Prefix": prefix, "MaxKeys": PAGE}
-        while True:
-            page = await self._call("list_objects_v2", **arguments)
+        markers = {"ContinuationToken": "NextContinuationToken"}
+        async for page in self._pages("list_objects_v2", markers, Prefix=prefix, MaxKeys=PAGE):
             for found in page.get("Contents", ()):
                 yield ObjectRef(found["Key"], found["Size"], bare(found["ETag"]))
-            if not page.get("IsTruncated"):
-                return
-            arguments["ContinuationToken"] = page["NextContinuationToken"]
 
     # --- writing at once ---
 
@@ -214,13 +210,10 @@ class S3Bucket:
     async def list_parts(self, upload: Upload) -> builtins.list[Part]:
         """As `Bucket.list_parts`."""
         parts: list[Part] = []
-        arguments: dict[str, Any] = {**_at(upload), "MaxParts": PAGE}
-        while True:
-            page = await self._call("list_parts", **arguments)
+        markers = {"PartNumberMarker": "NextPartNumberMarker"}
+        async for page in self._pages("list_parts", markers, **_at(upload), MaxParts=PAGE):
             parts += [self._part(found) for found in page.get("Parts", ())]
-            if not page.get("IsTruncated"):
-                return sorted(parts, key=lambda part: part.number)
-            arguments["PartNumberMarker"] = page["NextPartNumberMarker"]
+        return sorted(parts, key=lambda part: part.number)
 
     def _part(self, found: Mapping[str, Any]) -> Part:
         crc = found.get("ChecksumCRC64NVME") if self.abilities.checksum else None
@@ -264,15 +257,11 @@ class S3Bucket:
     async def list_uploads(self, key: str) -> builtins.list[Upload]:
         """As `Bucket.list_uploads`."""
         uploads: list[Upload] = []
-        arguments: dict[str, Any] = {"Prefix": key, "MaxUploads": PAGE}
-        while True:
-            page = await self._call("list_multipart_uploads", **arguments)
+        markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        async for page in self._pages("list_multipart_uploads", markers, Prefix=key, MaxUploads=PAGE):
             found = [Upload(each["Key"], each["UploadId"]) for each in page.get("Uploads", ())]
             uploads += [upload for upload in found if upload.key == key]
-            if not page.get("IsTruncated"):
-                return uploads
-            arguments["KeyMarker"] = page["NextKeyMarker"]
-            arguments["UploadIdMarker"] = page["NextUploadIdMarker"]
+        return uploads
 
     # --- how it is asked ---
 
@@ -280,6 +269,20 @@ class S3Bucket:
         """Send one control call and return its answer; raises our six errors."""
         answer = getattr(self._control, operation)(Bucket=self._name, **arguments)
         return await self._asked(operation, arguments.get("Key", ""), answer)
+
+    async def _pages(
+        self, operation: str, markers: Mapping[str, str], **arguments: Any
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Yield all pages of a list; `markers`: what the next one is asked with, and where a page says it."""
+        while True:
+            page = await self._call(operation, **arguments)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            further = {asked: page.get(told) for asked, told in markers.items()}
+            if None in further.values() or further.items() <= arguments.items():
+                raise Refused(f"{operation}: the store gives no next page, or this one over and over")
+            arguments |= further
 
     async def _asked(self, operation: str, key: str, answer: Awaitable[T]) -> T:
         """Wait for the answer, tell of it, translate its error. A "no such key" is an answer, no failure."""

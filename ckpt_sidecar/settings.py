@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_sidecar.bucket import MAX_KEY_BYTES
-from ckpt_sidecar.checkpoint import MAX_NAME_BYTES, flaw_of_name
 from ckpt_sidecar.formats import Rules
 from ckpt_sidecar.manifest import HISTORY
+from ckpt_sidecar.names import MAX_NAME_BYTES, flaw_of_name
 
 ENV_PREFIX = "CKPT_SIDECAR_"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", re.ASCII)

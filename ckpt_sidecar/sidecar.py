@@ -16,23 +16,15 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Refused, Upload
-from ckpt_sidecar.checkpoint import (
-    HOME,
-    Book,
-    Drained,
-    Draining,
-    Event,
-    Failed,
-    NotReady,
-    Probed,
-    Ready,
-    Uploading,
-)
+from ckpt_sidecar.checkpoint import Book, Uploading
 from ckpt_sidecar.child import Child
+from ckpt_sidecar.document import UnknownSchema
+from ckpt_sidecar.events import Drained, Draining, Event, Failed, NotReady, Probed, Ready
 from ckpt_sidecar.formats import Rules, flaw_of
 from ckpt_sidecar.landing import Landing, NoRoom
 from ckpt_sidecar.ledger import FencedOff, Ledger, Times
-from ckpt_sidecar.manifest import Holder, UnknownSchema
+from ckpt_sidecar.manifest import Holder
+from ckpt_sidecar.names import HOME
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.pipeline import Keep, Pipeline
 from ckpt_sidecar.policy import drain_order, retry_delay

@@ -22,7 +22,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
@@ -30,18 +30,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ckpt_sidecar.bucket import crc64
-from ckpt_sidecar.checkpoint import (
-    HOME,
-    Caught,
-    Checkpoint,
-    File,
-    Id,
-    Pinned,
-    State,
-    Uploading,
-)
-from ckpt_sidecar.disk import Disk, file_of
+from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
+from ckpt_sidecar.disk import Disk, PinnedFile, file_of
+from ckpt_sidecar.journal import Record, dump_entry, load_entry, load_record
 from ckpt_sidecar.known import Known
+from ckpt_sidecar.names import HOME
 
 RESERVE = 1000  # ids taken from the record at a time: one durable write for a thousand checkpoints
 OWN = 10**9  # ids of generation 0 that a spool has to itself; an id's number has 18 digits at most
@@ -51,18 +44,6 @@ class SpoolError(Exception):
     """The spool or the watch dir cannot be used; the message names it, the cause and the mend."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What the spool knows of itself. `generation` 0: never claimed. `counter`: ids reserved so far."""
-
-    spool: str
-    attempt: str = ""
-    generation: int = 0
-    counter: int = 0
-    address: str = ""
-    pid: int = 0
-
-
 @dataclass(slots=True)
 class Recovered:
     """What a restart finds: checkpoints on their way, files not yet judged, what is broken."""
@@ -70,41 +51,6 @@ class Recovered:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     caught: list[Caught] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
-
-
-class BytesChanged(Exception):
-    """The pinned file is not as it was when it was pinned: somebody writes it in place."""
-
-
-class PinnedFile:
-    """The open bytes of a pin: a `bucket.Source` that never hands out bytes of a file that has changed."""
-
-    def __init__(self, descriptor: int, file: File) -> None:
-        self._descriptor = descriptor
-        self._file = file
-
-    def read_into(self, offset: int, view: memoryview) -> int:
-        """Fill `view` from `offset`; return how many bytes there were. BytesChanged: they are not those."""
-        got = 0
-        while got < len(view):
-            n = os.preadv(self._descriptor, [view[got:]], offset + got)
-            if n == 0:
-                break
-            got += n
-        self.check()
-        return got
-
-    def check(self) -> None:
-        """Raise BytesChanged unless the inode is as it was when it was pinned."""
-        now = file_of(self._file.name, os.fstat(self._descriptor))
-        if now != self._file:
-            raise BytesChanged(
-                f"{now.name}: pinned with {self._file.size} bytes, now {now.size}; or rewritten"
-            )
-
-    def close(self) -> None:
-        """Give the descriptor back."""
-        os.close(self._descriptor)
 
 
 class Spool:
@@ -448,47 +394,3 @@ def _read_pid(home: Path) -> str:
         return str(json.loads((home / "spool.json").read_bytes())["pid"] or "unknown")
     except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
-
-
-def load_record(data: Mapping[str, Any]) -> Record:
-    """Read what the spool noted of itself; TypeError when it is not that."""
-    record = Record(**{name: data[name] for name in asdict(Record("")) if name in data})
-    for name, value in asdict(record).items():
-        if type(value) is not type(getattr(Record(""), name)):
-            raise TypeError(f"{name} is {value!r}")
-    return record
-
-
-# --- the journal entry: the same states as everywhere, as JSON ---------------------------------------
-
-
-def dump_entry(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return what the journal holds of a checkpoint on its way.
-
-    What is stored but not committed is journalled as it was before: the bucket tells it better.
-    """
-    state: dict[str, Any] = {"state": "pinned"}
-    if isinstance(checkpoint.state, Uploading):
-        state = {"state": "uploading", "upload_ids": list(checkpoint.state.upload_ids)}
-    return state | {
-        "id": str(checkpoint.id),
-        "name": checkpoint.name,
-        "saved_at": checkpoint.saved_at,
-        "files": [asdict(file) for file in checkpoint.files],
-    }
-
-
-def load_entry(data: Mapping[str, Any]) -> Checkpoint:
-    """Read what `dump_entry` wrote; ValueError, LookupError or TypeError when it is not that."""
-    state: State
-    match data["state"]:
-        case "pinned":
-            state = Pinned()
-        case "uploading":
-            state = Uploading((str(data["upload_ids"][0]),))
-        case other:
-            raise ValueError(f"unknown state {other!r}")
-    files = tuple(File(str(each["name"]), int(each["size"]), int(each["mtime_ns"])) for each in data["files"])
-    if [file.name for file in files] != [data["name"]]:
-        raise ValueError(f"not just one file named {data['name']!r}")
-    return Checkpoint(Id.parse(data["id"]), data["name"], files, int(data["saved_at"]), state)

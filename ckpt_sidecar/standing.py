@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ckpt_sidecar.checkpoint import File, flaw_of_name
+from ckpt_sidecar.checkpoint import File
 from ckpt_sidecar.disk import file_of
 from ckpt_sidecar.formats import Rules, flaw_of
 from ckpt_sidecar.known import read_settled
+from ckpt_sidecar.names import flaw_of_name
 
 
 def newest_whole(root: Path, rules: Rules) -> Path | None:

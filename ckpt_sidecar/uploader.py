@@ -43,22 +43,19 @@ from ckpt_sidecar.bucket import (
 from ckpt_sidecar.checkpoint import (
     Changed,
     Checkpoint,
-    Event,
-    Failed,
     Id,
     Pinned,
-    Progress,
-    Replacing,
     State,
     Stored,
     Superseded,
-    UploadAborted,
     Uploading,
     advance,
 )
+from ckpt_sidecar.disk import BytesChanged, PinnedFile
+from ckpt_sidecar.events import Event, Failed, Progress, Replacing, UploadAborted
 from ckpt_sidecar.manifest import Announced, described, self_description
 from ckpt_sidecar.patience import together
-from ckpt_sidecar.spool import BytesChanged, PinnedFile, Spool
+from ckpt_sidecar.spool import Spool
 
 LOOKS = 5  # a key that changes under us this often in a row is somebody else's playground: said, and rested
 

@@ -20,17 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, printable
-from ckpt_sidecar.checkpoint import (
-    Caught,
-    Event,
-    Failed,
-    File,
-    Ignored,
-    Rescanned,
-    Torn,
-    WatchLost,
-)
+from ckpt_sidecar.checkpoint import Caught, File
 from ckpt_sidecar.completion import Candidate, Evidence, Seen, Verdict, judge, merge
+from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
 from ckpt_sidecar.formats import Look, Rules, look_at
 from ckpt_sidecar.hints import Tree, explain, inode_of, walk
 

@@ -7,15 +7,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from ckpt_sidecar.checkpoint import (
-    Book,
+from ckpt_sidecar.checkpoint import Book, Committed, Id, state_name
+from ckpt_sidecar.events import (
     Claimed,
-    Committed,
     Drained,
     Draining,
     Event,
     Fenced,
-    Id,
     Moved,
     NotReady,
     Probed,
@@ -23,10 +21,9 @@ from ckpt_sidecar.checkpoint import (
     Ready,
     Restored,
     Retrying,
-    state_name,
-    step_of,
 )
 from ckpt_sidecar.metrics import CONTENT_TYPE, Metrics
+from ckpt_sidecar.names import step_of
 
 SCHEMA = 1
 CLIENT_SECONDS = 10  # a client that does not read or ask for so long is dropped

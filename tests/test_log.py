@@ -15,24 +15,18 @@ from typing import Any
 import pytest
 import structlog
 
-from ckpt_sidecar import checkpoint
-from ckpt_sidecar.checkpoint import (
-    Changed,
-    Committed,
+from ckpt_sidecar import checkpoint, events
+from ckpt_sidecar.checkpoint import Changed, Committed, Pinned, Skipped, Stored, Superseded, Uploading
+from ckpt_sidecar.events import (
     Event,
     Failed,
     Ignored,
     Moved,
-    Pinned,
     Progress,
     Requested,
     Rescanned,
     Restored,
-    Skipped,
-    Stored,
-    Superseded,
     Torn,
-    Uploading,
     event_name,
 )
 from ckpt_sidecar.log import PROGRESS_SECONDS, Log, configure, default_stream, on_terminal
@@ -102,7 +96,7 @@ def test_all_events_are_told_but_those_that_come_by_the_thousand() -> None:
     """Requests, parts, and the steps between pinned and durable are what metrics are for."""
     silent = {event_name(event) for event in EVENTS if not Written().tell(event)}
     assert silent == {"requested", "progress", "checkpoint_uploading", "checkpoint_stored"}
-    assert {type(event) for event in EVENTS} == set(typing.get_args(checkpoint.Event))
+    assert {type(event) for event in EVENTS} == set(typing.get_args(events.Event))
 
 
 def test_what_a_person_should_see_is_a_warning_or_an_error() -> None:
@@ -242,8 +236,8 @@ def test_a_later_upload_of_a_name_has_ten_seconds_of_its_own(state: checkpoint.S
         Ignored("caf\udce9.pt", "is not valid UTF-8"),
         Failed("pin", "disk", HOSTILE, HOSTILE, HOSTILE),
         Moved(saved(HOSTILE, Skipped(HOSTILE)), SAVED),
-        checkpoint.Drained((HOSTILE, "b.pt")),
-        checkpoint.Fenced(8, HOSTILE),
+        events.Drained((HOSTILE, "b.pt")),
+        events.Fenced(8, HOSTILE),
     ],
     ids=event_name,
 )

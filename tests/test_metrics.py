@@ -7,15 +7,25 @@ import typing
 
 import pytest
 
-from ckpt_sidecar import checkpoint
+from ckpt_sidecar import checkpoint, events
 from ckpt_sidecar.bucket import Abilities, ObjectRef
 from ckpt_sidecar.checkpoint import (
-    Adopted,
     Book,
     Changed,
     Checkpoint,
-    Claimed,
     Committed,
+    File,
+    Id,
+    Pinned,
+    Skipped,
+    State,
+    Stored,
+    Superseded,
+    Uploading,
+)
+from ckpt_sidecar.events import (
+    Adopted,
+    Claimed,
     Deleted,
     Drained,
     Draining,
@@ -23,12 +33,9 @@ from ckpt_sidecar.checkpoint import (
     Failed,
     FellBack,
     Fenced,
-    File,
-    Id,
     Ignored,
     Moved,
     NotReady,
-    Pinned,
     PinnedByDescriptor,
     Probed,
     Progress,
@@ -39,13 +46,8 @@ from ckpt_sidecar.checkpoint import (
     Rescanned,
     Restored,
     Retrying,
-    Skipped,
-    State,
-    Stored,
-    Superseded,
     Torn,
     UploadAborted,
-    Uploading,
     WatchLost,
 )
 from ckpt_sidecar.metrics import PREFIX, Metrics
@@ -141,7 +143,7 @@ class Read:
 
 def test_the_events_of_these_tests_are_all_that_there_are() -> None:
     """A new event must be fed here, and a new state."""
-    assert {type(event) for event in EVENTS} == set(typing.get_args(checkpoint.Event))
+    assert {type(event) for event in EVENTS} == set(typing.get_args(events.Event))
     assert {type(state) for state in STATES} == set(typing.get_args(checkpoint.State))
 
 

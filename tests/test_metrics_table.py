@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_sidecar import bucket, checkpoint
-from ckpt_sidecar.checkpoint import Event, Failed, Requested, Retrying
+from ckpt_sidecar import bucket, events
+from ckpt_sidecar.events import Event, Failed, Requested, Retrying
 from ckpt_sidecar.labels import LABELS, failure_reason
 from ckpt_sidecar.metrics import PREFIX
 from tests.test_metrics import EVENTS, Read
@@ -31,7 +31,7 @@ def combinations(*sets: str) -> Iterator[tuple[str, ...]]:
     return itertools.product(*(LABELS[each] for each in sets))
 
 
-@pytest.mark.parametrize("event", EVENTS, ids=checkpoint.event_name)
+@pytest.mark.parametrize("event", EVENTS, ids=events.event_name)
 def test_no_event_makes_a_series_that_was_not_there_from_the_start(event: Event) -> None:
     """So `rate()` never misses the first failure, and the number of series is known."""
     assert Read(event).lines().keys() == Read().lines().keys()

@@ -19,20 +19,17 @@ from ckpt_sidecar.checkpoint import (
     File,
     Id,
     IllegalMove,
-    Moved,
     Pinned,
     Skipped,
     State,
     Stored,
     Superseded,
     Uploading,
-    WatchLost,
     advance,
-    event_name,
-    flaw_of_name,
     state_name,
-    step_of,
 )
+from ckpt_sidecar.events import Moved, WatchLost, event_name
+from ckpt_sidecar.names import flaw_of_name, step_of
 
 REF = ObjectRef("run/a.pt", 3, "e")
 EXAMPLES: dict[type[State], State] = {

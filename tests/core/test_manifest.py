@@ -12,23 +12,20 @@ from hypothesis import strategies as st
 
 from ckpt_sidecar.bucket import ObjectRef, encode_crc64
 from ckpt_sidecar.checkpoint import Id
+from ckpt_sidecar.document import Mangled, UnknownSchema, dump, parse
 from ckpt_sidecar.manifest import (
     Announced,
     Entry,
     Expiring,
     Holder,
-    Mangled,
     Manifest,
-    UnknownSchema,
     announced,
     claimed,
     committed,
     deleted,
     described,
-    dump,
     expired,
     forgotten,
-    parse,
     parse_rfc3339,
     rfc3339,
     self_description,

@@ -23,10 +23,12 @@ from ckpt_sidecar.bucket import (
     Unreachable,
     Upload,
 )
-from ckpt_sidecar.checkpoint import Checkpoint, Event, File
+from ckpt_sidecar.checkpoint import Checkpoint, File
 from ckpt_sidecar.disk import Disk
+from ckpt_sidecar.document import parse
+from ckpt_sidecar.events import Event
 from ckpt_sidecar.ledger import Ledger, Times
-from ckpt_sidecar.manifest import Holder, Manifest, parse
+from ckpt_sidecar.manifest import Holder, Manifest
 from ckpt_sidecar.spool import Spool
 from tests.fakes import MemoryBucket
 

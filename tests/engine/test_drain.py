@@ -12,29 +12,23 @@ from typing import Any
 import pytest
 
 from ckpt_sidecar.bucket import MIB, Absent, Denied, Unreachable
-from ckpt_sidecar.checkpoint import (
-    Book,
+from ckpt_sidecar.checkpoint import Book, Committed, Id, Pinned, Skipped, Stored, Uploading
+from ckpt_sidecar.child import Child
+from ckpt_sidecar.events import (
     Claimed,
-    Committed,
     Deleted,
     Drained,
     Draining,
     Failed,
     Fenced,
-    Id,
     Moved,
     NotReady,
-    Pinned,
     Progress,
     Ready,
     Rebuilt,
     Restored,
     Retrying,
-    Skipped,
-    Stored,
-    Uploading,
 )
-from ckpt_sidecar.child import Child
 from ckpt_sidecar.manifest import self_description
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.settings import Settings

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from ckpt_sidecar.bucket import Absent, Conflict, Denied, Missing, ObjectRef, Span, Unreachable, Upload
-from ckpt_sidecar.checkpoint import Adopted, Claimed, Fenced, Id, Rebuilt, UploadAborted
+from ckpt_sidecar.checkpoint import Id
+from ckpt_sidecar.document import UnknownSchema, dump, parse
+from ckpt_sidecar.events import Adopted, Claimed, Fenced, Rebuilt, UploadAborted
 from ckpt_sidecar.ledger import SWAP_TRIES, FencedOff, Ledger
-from ckpt_sidecar.manifest import Announced, Entry, Manifest, UnknownSchema, dump, parse, self_description
+from ckpt_sidecar.manifest import Announced, Entry, Manifest, self_description
 from tests.engine.support import (
     BORN,
     LATEST,

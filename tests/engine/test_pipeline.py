@@ -14,15 +14,8 @@ from ckpt_sidecar.checkpoint import (
     Book,
     Checkpoint,
     Committed,
-    Deleted,
-    Failed,
     File,
     Id,
-    Moved,
-    PinnedByDescriptor,
-    Progress,
-    Rescanned,
-    Retrying,
     Skipped,
     Stored,
     Superseded,
@@ -30,6 +23,7 @@ from ckpt_sidecar.checkpoint import (
     advance,
     state_name,
 )
+from ckpt_sidecar.events import Deleted, Failed, Moved, PinnedByDescriptor, Progress, Rescanned, Retrying
 from ckpt_sidecar.formats import Rules
 from ckpt_sidecar.landing import Landing
 from ckpt_sidecar.ledger import FencedOff, Ledger

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ckpt_sidecar.bucket import Absent, Denied, Missing, Refused, Unchanged, Unreachable
-from ckpt_sidecar.checkpoint import Checkpoint, Event, FellBack, File, Id, Progress, Restored
+from ckpt_sidecar.checkpoint import Checkpoint, File, Id
+from ckpt_sidecar.events import Event, FellBack, Progress, Restored
 from ckpt_sidecar.formats import flaw_of
 from ckpt_sidecar.landing import Landing, NoRoom
 from ckpt_sidecar.ledger import Ledger

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ckpt_sidecar.checkpoint import Checkpoint, File, Id, Pinned, Uploading, advance
-from ckpt_sidecar.spool import BytesChanged, Spool, SpoolError
+from ckpt_sidecar.disk import BytesChanged
+from ckpt_sidecar.spool import Spool, SpoolError
 from tests.engine.support import BORN, SECOND, Hurt, descriptors, opened_spool, pin, save
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

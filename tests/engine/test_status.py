@@ -7,24 +7,18 @@ from typing import Any
 import pytest
 
 from ckpt_sidecar.bucket import Abilities, ObjectRef
-from ckpt_sidecar.checkpoint import (
-    Checkpoint,
+from ckpt_sidecar.checkpoint import Checkpoint, Committed, File, Id, Pinned, Stored, Uploading
+from ckpt_sidecar.events import (
     Claimed,
-    Committed,
     Drained,
     Draining,
     Event,
     Fenced,
-    File,
-    Id,
     Moved,
-    Pinned,
     Probed,
     Progress,
     Ready,
     Restored,
-    Stored,
-    Uploading,
 )
 from tests.engine.test_web import NOW as SAVED
 from tests.engine.test_web import Sidecar, served

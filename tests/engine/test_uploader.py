@@ -23,20 +23,8 @@ from ckpt_sidecar.bucket import (
     crc64,
     encode_crc64,
 )
-from ckpt_sidecar.checkpoint import (
-    Changed,
-    Checkpoint,
-    Failed,
-    Id,
-    Pinned,
-    Progress,
-    Replacing,
-    Stored,
-    Superseded,
-    UploadAborted,
-    Uploading,
-    state_name,
-)
+from ckpt_sidecar.checkpoint import Changed, Checkpoint, Id, Pinned, Stored, Superseded, Uploading, state_name
+from ckpt_sidecar.events import Failed, Progress, Replacing, UploadAborted
 from ckpt_sidecar.manifest import Announced, self_description
 from ckpt_sidecar.uploader import Slots, Uploader
 from tests.engine.support import (

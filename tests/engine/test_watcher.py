@@ -16,7 +16,8 @@ from typing import Any, BinaryIO, TypeVar
 import pytest
 import torch
 
-from ckpt_sidecar.checkpoint import Caught, Event, Failed, File, Ignored, Rescanned, Torn, WatchLost
+from ckpt_sidecar.checkpoint import Caught, File
+from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
 from ckpt_sidecar.formats import Rules
 from ckpt_sidecar.watcher import Found, Watcher
 

@@ -15,7 +15,8 @@ import aiohttp
 import pytest
 
 from ckpt_sidecar import web
-from ckpt_sidecar.checkpoint import Book, Claimed, Event, Fenced, Moved, NotReady, Ready, Retrying
+from ckpt_sidecar.checkpoint import Book
+from ckpt_sidecar.events import Claimed, Event, Fenced, Moved, NotReady, Ready, Retrying
 from ckpt_sidecar.metrics import Metrics
 
 HOST = "127.0.0.1"

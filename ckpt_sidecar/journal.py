@@ -1,0 +1,65 @@
+"""What the spool writes down, as JSON: its record of itself, and an entry for each pin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ckpt_sidecar.checkpoint import Checkpoint, File, Id, Pinned, State, Uploading
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the spool knows of itself. `generation` 0: never claimed. `counter`: ids reserved so far."""
+
+    spool: str
+    attempt: str = ""
+    generation: int = 0
+    counter: int = 0
+    address: str = ""
+    pid: int = 0
+
+
+def load_record(data: Mapping[str, Any]) -> Record:
+    """Read what the spool noted of itself; TypeError when it is not that."""
+    record = Record(**{name: data[name] for name in asdict(Record("")) if name in data})
+    for name, value in asdict(record).items():
+        if type(value) is not type(getattr(Record(""), name)):
+            raise TypeError(f"{name} is {value!r}")
+    return record
+
+
+# --- the journal entry: the same states as everywhere, as JSON ---------------------------------------
+
+
+def dump_entry(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the journal holds of a checkpoint on its way.
+
+    What is stored but not committed is journalled as it was before: the bucket tells it better.
+    """
+    state: dict[str, Any] = {"state": "pinned"}
+    if isinstance(checkpoint.state, Uploading):
+        state = {"state": "uploading", "upload_ids": list(checkpoint.state.upload_ids)}
+    return state | {
+        "id": str(checkpoint.id),
+        "name": checkpoint.name,
+        "saved_at": checkpoint.saved_at,
+        "files": [asdict(file) for file in checkpoint.files],
+    }
+
+
+def load_entry(data: Mapping[str, Any]) -> Checkpoint:
+    """Read what `dump_entry` wrote; ValueError, LookupError or TypeError when it is not that."""
+    state: State
+    match data["state"]:
+        case "pinned":
+            state = Pinned()
+        case "uploading":
+            state = Uploading((str(data["upload_ids"][0]),))
+        case other:
+            raise ValueError(f"unknown state {other!r}")
+    files = tuple(File(str(each["name"]), int(each["size"]), int(each["mtime_ns"])) for each in data["files"])
+    if [file.name for file in files] != [data["name"]]:
+        raise ValueError(f"not just one file named {data['name']!r}")
+    return Checkpoint(Id.parse(data["id"]), data["name"], files, int(data["saved_at"]), state)
