@@ -39,6 +39,9 @@ class Catcher(Protocol):
     def open_caught(self, caught: Caught) -> BinaryIO:
         """The held bytes, to look at; FileNotFoundError when the hold is gone."""
 
+    def held_bytes(self) -> int:
+        """Bytes that nothing but our holds keeps on the disk any more."""
+
 
 class Hint(NamedTuple):
     """A file that is held from now on, and what is known of it."""

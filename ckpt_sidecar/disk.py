@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_sidecar.checkpoint import File
@@ -15,6 +16,12 @@ from ckpt_sidecar.checkpoint import File
 def file_of(name: str, status: os.stat_result) -> File:
     """The file of that name with this status."""
     return File(name, status.st_size, status.st_mtime_ns)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield whatever is no directory below the folder; what vanishes meanwhile is passed over."""
+    for at, _, names in os.walk(folder):
+        yield from (Path(at, name) for name in names)
 
 
 class Disk:

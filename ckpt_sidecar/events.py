@@ -106,6 +106,20 @@ class Fenced:
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveryPoint:
+    """The newest durable checkpoint, where it is another one than before: what losing the node goes back to.
+
+    Times in seconds since the epoch.
+    """
+
+    id: Id
+    name: str
+    size: int
+    saved_at: float
+    stored_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Adopted:
     """An object that was completed but not committed was found and entered in the manifest."""
 
@@ -180,6 +194,7 @@ class Rescanned:
     files: int
     missed: int
     free_bytes: int
+    held_bytes: int  # that only our holds keep on the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +246,7 @@ Event = (
     | Probed
     | Claimed
     | Fenced
+    | RecoveryPoint
     | Adopted
     | Replacing
     | UploadAborted

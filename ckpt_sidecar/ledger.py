@@ -27,7 +27,7 @@ from ckpt_sidecar.bucket import (
 )
 from ckpt_sidecar.checkpoint import Id
 from ckpt_sidecar.document import MAX_MANIFEST_BYTES, Mangled, UnknownSchema, dump, parse
-from ckpt_sidecar.events import Adopted, Claimed, Event, Fenced, Rebuilt, UploadAborted
+from ckpt_sidecar.events import Adopted, Claimed, Event, Fenced, Rebuilt, RecoveryPoint, UploadAborted
 from ckpt_sidecar.manifest import (
     HISTORY,
     Announced,
@@ -134,8 +134,16 @@ class Ledger:
         """Read the manifest, or make it anew from the objects where it is absent or mangled."""
         seen = await self._read()
         self._etag = seen.etag
-        self.manifest = seen.manifest or await self._rebuild(seen)
+        self._see(seen.manifest or await self._rebuild(seen))
         return self.manifest
+
+    def _see(self, manifest: Manifest) -> None:
+        """Take it for what stands in the bucket, and tell when that makes another checkpoint the newest."""
+        before, newest = self.manifest.newest, manifest.newest
+        self.manifest = manifest
+        if newest is not None and (before is None or before.id != newest.id):
+            saved_at, stored_at = newest.saved_at / 1e9, newest.stored_at / 1e9
+            self._tell(RecoveryPoint(newest.id, newest.name, newest.size, saved_at, stored_at))
 
     async def _rebuild(self, seen: _Seen) -> Manifest:
         entries = await self._entries_from_objects()
@@ -213,7 +221,8 @@ class Ledger:
             ref = await self._bucket.put(self._key, body, when=when, metadata={})
         except (Conflict, Unreachable):
             return await self._look(token)
-        self.manifest, self._etag = new, ref.etag
+        self._etag = ref.etag
+        self._see(new)
         return True
 
     async def _look(self, token: str) -> bool:
@@ -228,7 +237,7 @@ class Ledger:
             flaw = seen.flaw or "it was replaced by an older copy"
             self._tell(Rebuilt(len(self.manifest.checkpoints), flaw))
             return False
-        self.manifest = seen.manifest
+        self._see(seen.manifest)
         return seen.manifest.write == token
 
     def _went_back(self, found: Manifest) -> bool:

@@ -27,6 +27,7 @@ from ckpt_sidecar.events import (
     Probed,
     Progress,
     Rebuilt,
+    RecoveryPoint,
     Replacing,
     Requested,
     Rescanned,
@@ -126,7 +127,7 @@ class Log:
 
 
 def _level(event: Event) -> str | None:
-    if isinstance(event, Requested):
+    if isinstance(event, Requested | RecoveryPoint):
         return None
     if isinstance(event, Moved):
         return None if isinstance(event.checkpoint.state, Uploading | Stored) else "info"

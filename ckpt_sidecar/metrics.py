@@ -24,7 +24,6 @@ from ckpt_sidecar.checkpoint import (
     Book,
     Changed,
     Committed,
-    Id,
     Pinned,
     Skipped,
     Stored,
@@ -45,6 +44,7 @@ from ckpt_sidecar.events import (
     Probed,
     Progress,
     Ready,
+    RecoveryPoint,
     Requested,
     Rescanned,
     Restored,
@@ -67,8 +67,8 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # 300 more series that nobody reads
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._newest = Id(0, 0)
         self._last_saved = 0
+        self._durable_at = 0.0
         self._queue(book, clock)
         self._durability()
         self._traffic()
@@ -112,7 +112,7 @@ class Metrics:
         self.recovery_point = self._gauge(
             "recovery_point_timestamp_seconds",
             "When the newest durable checkpoint was saved: what losing the node now would go back to; "
-            "0 before this process has made one durable.",
+            "0 where there is none.",
         )
         self.recovery_step = self._gauge(
             "recovery_point_step", "The newest durable checkpoint's training step, where its name tells it."
@@ -176,6 +176,9 @@ class Metrics:
         self.free = self._gauge(
             "spool_free_bytes", "Free space on the watch dir's file system at the last listing."
         )
+        self.held = self._gauge(
+            "spool_held_bytes", "Bytes that only our pins keep on the disk, at the last listing."
+        )
         self.ability = self._gauge(
             "store_ability", "1 when the store was seen to honour it at the start.", ["ability"]
         )
@@ -198,6 +201,8 @@ class Metrics:
                 self.retries.labels(within("retry_reason", event.reason)).inc()
             case Failed():
                 self.failures.labels(within("stage", event.stage), failure_reason(event.reason)).inc()
+            case RecoveryPoint():
+                self._recovery_point(event)
             case Torn():
                 self.checkpoints.labels("rejected").inc()
             case Probed():
@@ -227,6 +232,7 @@ class Metrics:
                 self.rescan_seconds.set(event.seconds)
                 self.missed.inc(event.missed)
                 self.free.set(event.free_bytes)
+                self.held.set(event.held_bytes)
             case Draining():
                 self.draining.set(1)
             case Drained():
@@ -246,24 +252,22 @@ class Metrics:
                 self.upload.observe(event.seconds)
             case Committed():
                 self.durable.observe(since)
-                self.last_durable.set(event.at)
-                self._recovery_point(event)
+                self._last_durable(event.at)
             case _:
                 pass
         if isinstance(state, Committed | Superseded | Skipped | Changed):
             self.checkpoints.labels(state_name(state)).inc()
 
-    def _recovery_point(self, event: Moved) -> None:
-        it = event.checkpoint
-        if it.id >= self._newest:
-            self._newest = it.id
-            self.recovery_point.set(it.saved_at / 1e9)
-            self.recovery_size.set(it.size)
-            self._recovery_step(it.name)
+    def _last_durable(self, at: float) -> None:
+        self._durable_at = max(self._durable_at, at)
+        self.last_durable.set(self._durable_at)
 
-    def _recovery_step(self, name: str) -> None:
-        step = step_of(name)
+    def _recovery_point(self, event: RecoveryPoint) -> None:
+        step = step_of(event.name)
+        self.recovery_point.set(event.saved_at)
+        self.recovery_size.set(event.size)
         self.recovery_step.set(float("nan") if step is None else step)
+        self._last_durable(event.stored_at)
 
     def render(self) -> bytes:
         """Return the metrics as Prometheus reads them."""

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
-from ckpt_sidecar.disk import Disk, PinnedFile, file_of
+from ckpt_sidecar.disk import Disk, PinnedFile, file_of, files_below
 from ckpt_sidecar.journal import Record, dump_entry, load_entry, load_record
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
@@ -229,6 +229,19 @@ class Spool:
         if caught.path is not None:
             return Path(caught.path).open("rb")
         return os.fdopen(os.dup(caught.descriptor or 0), "rb")
+
+    def held_bytes(self) -> int:
+        """Bytes that nothing but our links and descriptors keeps on the disk any more."""
+        total = 0
+        for path in (*files_below(self._caught), *files_below(self._pins)):
+            with suppress(OSError):  # let go of meanwhile
+                status = path.lstat()
+                total += status.st_size if status.st_nlink == 1 else 0
+        for descriptor in (*self._held.values(), *self._pinned_descriptors.values()):
+            with suppress(OSError):
+                status = os.fstat(descriptor)
+                total += status.st_size if status.st_nlink == 0 else 0
+        return total
 
     # --- pins ---
 

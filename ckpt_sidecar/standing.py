@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt_sidecar.checkpoint import File
-from ckpt_sidecar.disk import file_of
+from ckpt_sidecar.disk import file_of, files_below
 from ckpt_sidecar.formats import Rules, flaw_of
 from ckpt_sidecar.known import read_settled
 from ckpt_sidecar.names import flaw_of_name
@@ -31,9 +31,8 @@ def not_settled(root: Path, home: Path, rules: Rules, name: str | None = None) -
     """
     settled = read_settled(home)
     standing = {each.name: each for each in _standing(root, rules)}
-    held = {
-        path.relative_to(folder).as_posix() for folder in home.glob("caught/*") for path in _files(folder)
-    }
+    caught = home / "caught"
+    held = {"/".join(path.relative_to(caught).parts[1:]) for path in files_below(caught)}
     if name is None:
         return sorted(held | {each.name for each in standing.values() if _is_open(root, each, settled)})
     done = settled.get(name) == standing[name] if name in standing else name in settled
@@ -45,17 +44,13 @@ def _is_open(root: Path, file: File, settled: dict[str, File]) -> bool:
 
 
 def _standing(root: Path, rules: Rules) -> Iterator[File]:
-    for path in root.rglob("*"):
+    for path in files_below(root):
         name = path.relative_to(root).as_posix()
         if rules.wants(name) and flaw_of_name(name) is None:
             with suppress(OSError):  # a trainer deletes old ones meanwhile
                 status = path.lstat()
                 if stat.S_ISREG(status.st_mode):
                     yield file_of(name, status)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if not path.is_dir())
 
 
 def _is_whole(root: Path, file: File) -> bool:

@@ -81,6 +81,8 @@ class _Listing:
     began: float
     files: int = 0
     missed: int = 0
+    free: int = 0
+    held: int = 0
 
 
 class Watcher:
@@ -268,7 +270,7 @@ class Watcher:
 
     async def _list_some(self, listing: _Listing) -> None:
         try:
-            more, free = await asyncio.to_thread(self._list, listing)
+            more = await asyncio.to_thread(self._list, listing)
         except OSError as error:
             self._listing, self._last_listing = None, self._clock()
             self._inbox.asked = "rewatch"
@@ -283,9 +285,10 @@ class Watcher:
             if listing.reason == "rewatch":
                 self._lost = ""
             took = now - listing.began
-            self._tell(Rescanned(listing.reason, took, listing.files, listing.missed, free))
+            found = (listing.files, listing.missed, listing.free, listing.held)
+            self._tell(Rescanned(listing.reason, took, *found))
 
-    def _list(self, listing: _Listing) -> tuple[bool, int]:
+    def _list(self, listing: _Listing) -> bool:
         """List some more, in a thread; is there more?"""
         n = 0
         for n, seen in enumerate(islice(listing.seen, _CHUNK), 1):  # noqa: B007
@@ -295,7 +298,10 @@ class Watcher:
             new = self._inbox.take_in(seen, Evidence.FOUND)
             rested = self._wall() - seen.mtime_ns / 1e9 > self._rules.settle  # its event may be on the way
             listing.missed += new and rested and listing.reason != "start"
-        return n == _CHUNK, shutil.disk_usage(self._root).free
+        if n < _CHUNK:
+            listing.free = shutil.disk_usage(self._root).free
+            listing.held = self._catcher.held_bytes()
+        return n == _CHUNK
 
     # --- verdicts ---
 

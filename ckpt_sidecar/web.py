@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from ckpt_sidecar.checkpoint import Book, Committed, Id, state_name
+from ckpt_sidecar.checkpoint import Book, Committed, state_name
 from ckpt_sidecar.events import (
     Claimed,
     Drained,
@@ -19,7 +19,7 @@ from ckpt_sidecar.events import (
     Probed,
     Progress,
     Ready,
-    Restored,
+    RecoveryPoint,
     Retrying,
 )
 from ckpt_sidecar.metrics import CONTENT_TYPE, Metrics
@@ -47,7 +47,6 @@ class Status:
         self._generation = 0
         self._abilities: dict[str, bool] = {}
         self._newest: dict[str, Any] | None = None
-        self._newest_id = Id(0, 0)
         self._committed = 0
         self._done: dict[str, int] = {}
 
@@ -65,8 +64,8 @@ class Status:
             case Claimed():
                 self._generation = event.generation
                 self.reason = "is restoring"
-            case Restored() if event.id is not None and event.outcome == "restored":
-                self._note_newest(event.id, event.name or "", event.bytes)
+            case RecoveryPoint():
+                self._newest = self._as_newest(event)
             case Ready():
                 self.ready, self.reason, self._state = True, "", "ready"
             case Retrying() if self._state == "starting":
@@ -88,22 +87,16 @@ class Status:
             self._done.pop(it.name, None)
         if isinstance(it.state, Committed):
             self._committed += 1
-            self._note_newest(it.id, it.name, it.size, saved_at=it.saved_at / 1e9, stored_at=event.at)
 
-    def _note_newest(
-        self, id_: Id, name: str, size: int, *, saved_at: float | None = None, stored_at: float | None = None
-    ) -> None:
-        if id_ < self._newest_id:
-            return
-        self._newest_id = id_
-        self._newest = {
-            "id": str(id_),
-            "name": name,
-            "size": size,
-            "step": step_of(name),
-            "saved_at": saved_at and _text(saved_at),
-            "stored_at": stored_at and _text(stored_at),
-            "uri": f"s3://{self._bucket}/{self._prefix}{name}",
+    def _as_newest(self, event: RecoveryPoint) -> dict[str, Any]:
+        return {
+            "id": str(event.id),
+            "name": event.name,
+            "size": event.size,
+            "step": step_of(event.name),
+            "saved_at": _text(event.saved_at),
+            "stored_at": _text(event.stored_at),
+            "uri": f"s3://{self._bucket}/{self._prefix}{event.name}",
         }
 
     def as_dict(self, now: float) -> dict[str, Any]:

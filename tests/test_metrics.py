@@ -41,6 +41,7 @@ from ckpt_sidecar.events import (
     Progress,
     Ready,
     Rebuilt,
+    RecoveryPoint,
     Replacing,
     Requested,
     Rescanned,
@@ -92,6 +93,7 @@ EVENTS: tuple[Event, ...] = (
     ),
     Claimed(7, None),
     Fenced(8, "other"),
+    RecoveryPoint(FIRST, "step_40.pt", 1000, SAVED, SAVED + 2),
     Adopted(FIRST, "step_40.pt"),
     Replacing("step_40.pt", "run/step_40.pt"),
     UploadAborted("step_40.pt", "upload"),
@@ -100,7 +102,7 @@ EVENTS: tuple[Event, ...] = (
     FellBack(FIRST, "step_40.pt", "gone"),
     Ready(0.5),
     NotReady("fenced"),
-    Rescanned("interval", 0.01, 5, 2, 10**9),
+    Rescanned("interval", 0.01, 5, 2, 10**9, 77),
     WatchLost("no inotify"),
     PinnedByDescriptor("step_40.pt", "another file system"),
     Deleted("step_20.pt", "bucket"),
@@ -172,31 +174,35 @@ def test_a_stored_checkpoint_tells_how_long_its_upload_took() -> None:
     assert read['checkpoints_total{outcome="committed"}'] == 0
 
 
-def test_a_committed_checkpoint_is_the_recovery_point() -> None:
-    """When it was saved, its step, its size, and how long it took to become durable."""
+def test_a_committed_checkpoint_is_durable() -> None:
+    """When, and how long it took; what the newest is then, the manifest says."""
     read = Read(moved(Committed(OBJECTS), after=2.0))
     assert read['checkpoints_total{outcome="committed"}'] == 1
+    assert read["last_durable_timestamp_seconds"] == SAVED + 2
+    assert read["durable_duration_seconds_sum"] == 2
+    assert read["recovery_point_timestamp_seconds"] == 0
+
+
+def test_the_newest_in_the_manifest_is_the_recovery_point() -> None:
+    """When it was saved, its step and its size: from the claim on, also if this process never uploads."""
+    read = Read(RecoveryPoint(FIRST, "step_40.pt", 1000, SAVED, SAVED + 2))
     assert read["recovery_point_timestamp_seconds"] == SAVED
     assert read["recovery_point_step"] == 40
     assert read["recovery_point_size_bytes"] == 1000
     assert read["last_durable_timestamp_seconds"] == SAVED + 2
-    assert read["durable_duration_seconds_sum"] == 2
 
 
-def test_an_older_checkpoint_that_is_committed_later_is_no_recovery_point() -> None:
-    """Older ones backfill; a node loss goes back to the newest."""
-    backfilled = saved("step_20.pt", Committed(OBJECTS), id_=Id(0, 9), at=SAVED - 100)
-    read = Read(moved(Committed(OBJECTS)), Moved(backfilled, SAVED + 9))
-    assert read["recovery_point_step"] == 40
-    assert read["recovery_point_timestamp_seconds"] == SAVED
-    assert read["last_durable_timestamp_seconds"] == SAVED + 9
+def test_last_durable_is_not_turned_back() -> None:
+    """An older one that backfills was made durable later than the newest."""
+    newest = RecoveryPoint(FIRST, "step_40.pt", 1000, SAVED, SAVED + 2)
+    assert Read(moved(Committed(OBJECTS), after=9), newest)["last_durable_timestamp_seconds"] == SAVED + 9
 
 
 def test_a_name_without_a_step_has_none() -> None:
     """NaN, and not the step of the one before."""
-    nameless = saved("weights.pt", Committed(OBJECTS), id_=Id(1, 2))
-    step = Read(moved(Committed(OBJECTS)), Moved(nameless, SAVED + 3))["recovery_point_step"]
-    assert math.isnan(step)
+    first = RecoveryPoint(FIRST, "step_40.pt", 1000, SAVED, SAVED)
+    second = RecoveryPoint(Id(1, 2), "weights.pt", 1000, SAVED, SAVED)
+    assert math.isnan(Read(first, second)["recovery_point_step"])
 
 
 @pytest.mark.parametrize(
@@ -227,9 +233,10 @@ def test_what_is_not_sent_is_counted_by_why(state: State) -> None:
         (Restored("kept", FIRST, "a.pt", 0, 1.5), 'restores_total{outcome="kept"}', 1),
         (Restored("restored", FIRST, "a.pt", 9, 1.5), "restore_duration_seconds", 1.5),
         (FellBack(FIRST, "a.pt", "gone"), 'restores_total{outcome="fell_back"}', 1),
-        (Rescanned("overflow", 0.01, 5, 2, 10**9), 'rescans_total{reason="overflow"}', 1),
-        (Rescanned("interval", 0.01, 5, 2, 10**9), "missed_events_total", 2),
-        (Rescanned("interval", 0.01, 5, 2, 10**9), "spool_free_bytes", 10**9),
+        (Rescanned("overflow", 0.01, 5, 2, 10**9, 77), 'rescans_total{reason="overflow"}', 1),
+        (Rescanned("interval", 0.01, 5, 2, 10**9, 77), "missed_events_total", 2),
+        (Rescanned("interval", 0.01, 5, 2, 10**9, 77), "spool_free_bytes", 10**9),
+        (Rescanned("interval", 0.01, 5, 2, 10**9, 77), "spool_held_bytes", 77),
         (Probed(Abilities(True, False, True, True)), 'store_ability{ability="conditional_put"}', 1),  # noqa: FBT003
     ],
     ids=str,

@@ -9,7 +9,7 @@ import pytest
 from ckpt_sidecar.bucket import Absent, Conflict, Denied, Missing, ObjectRef, Span, Unreachable, Upload
 from ckpt_sidecar.checkpoint import Id
 from ckpt_sidecar.document import UnknownSchema, dump, parse
-from ckpt_sidecar.events import Adopted, Claimed, Fenced, Rebuilt, UploadAborted
+from ckpt_sidecar.events import Adopted, Claimed, Fenced, Rebuilt, RecoveryPoint, UploadAborted
 from ckpt_sidecar.ledger import SWAP_TRIES, FencedOff, Ledger
 from ckpt_sidecar.manifest import Announced, Entry, Manifest, self_description
 from tests.engine.support import (
@@ -91,7 +91,7 @@ async def test_a_claim_keeps_what_it_finds(bucket: MemoryBucket, told: Told) -> 
     await (await claimed(bucket)).commit(entry(1, 1))
     assert await ledger_of(bucket, told).claim(holder("spool-b", "attempt-2")) == 2
     assert listed(bucket) == ["1-1 1.pt"]
-    assert told == [Claimed(2, "node-a")]
+    assert told == [RecoveryPoint(Id(1, 1), "1.pt", 1, BORN / 1e9, BORN / 1e9), Claimed(2, "node-a")]
 
 
 async def test_a_claim_is_above_all_that_the_spool_has_claimed(bucket: MemoryBucket) -> None:
@@ -252,7 +252,9 @@ async def test_a_commit_whose_answer_is_lost_is_found_to_have_won(
     assert listed(bucket) == ["1-1 1.pt"]
     assert ledger.manifest == manifest_in(bucket)
     await ledger.commit(entry(1, 2))
-    assert told == [Claimed(1, None)]
+    assert not told.of(Fenced)
+    assert not told.of(Rebuilt)
+    assert [str(each.id) for each in told.of(RecoveryPoint)] == ["1-1", "1-2"]
 
 
 async def test_a_commit_that_never_arrived_is_said_again(bucket: MemoryBucket, steps: Steps) -> None:
@@ -515,7 +517,9 @@ async def test_a_claimant_settles_what_others_have_begun(bucket: MemoryBucket, t
     assert listed(bucket) == ["1-2 2.pt"]
     assert [each.upload_id for each in manifest_in(bucket).uploads] == [own.upload_id]
     assert list(bucket.uploads) == [own.upload_id]
-    assert told[1:] == [UploadAborted("1.pt", under_way.upload_id), Adopted(Id(1, 2), "2.pt")]
+    assert told.of(UploadAborted) == [UploadAborted("1.pt", under_way.upload_id)]
+    assert told.of(Adopted) == [Adopted(Id(1, 2), "2.pt")]
+    assert [each.name for each in told.of(RecoveryPoint)] == ["2.pt"]
 
 
 async def test_an_upload_that_vanished_is_forgotten(bucket: MemoryBucket) -> None:

@@ -727,3 +727,21 @@ def test_the_entry_of_a_pin_says_what_state_it_is_in(spool: Spool, root: Path) -
         "files": [{"name": "x.pt", "size": 7, "mtime_ns": BORN}],
     }
     assert isinstance(checkpoint.state, Pinned)
+
+
+def test_the_bytes_that_only_the_spool_keeps_are_counted(tmp_path: Path) -> None:
+    """What the trainer has deleted, by links and by descriptors; not what still stands there."""
+    disk = Hurt()
+    spool = opened_spool(tmp_path, disk=disk)
+    for name, size in (("stands.pt", 1), ("deleted.pt", 10), ("caught.pt", 100)):
+        save(tmp_path, name, bytes(size))
+        assert spool.catch(name) is not None
+    disk.refuse["link"] = OSError(errno.EPERM, "not yours")
+    pinned = pin(spool, save(tmp_path, "descriptor.pt", bytes(1000)))
+    assert spool.held_bytes() == 0
+    for name in ("deleted.pt", "caught.pt", "descriptor.pt"):
+        (tmp_path / name).unlink()
+    assert spool.held_bytes() == 1110
+    spool.release(pinned, durable_as=None)
+    assert spool.held_bytes() == 110
+    spool.close()

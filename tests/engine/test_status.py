@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ckpt_sidecar.bucket import Abilities, ObjectRef
-from ckpt_sidecar.checkpoint import Checkpoint, Committed, File, Id, Pinned, Stored, Uploading
+from ckpt_sidecar.checkpoint import Checkpoint, Committed, File, Id, Pinned, Uploading
 from ckpt_sidecar.events import (
     Claimed,
     Drained,
@@ -18,7 +18,7 @@ from ckpt_sidecar.events import (
     Probed,
     Progress,
     Ready,
-    Restored,
+    RecoveryPoint,
 )
 from tests.engine.test_web import NOW as SAVED
 from tests.engine.test_web import Sidecar, served
@@ -73,11 +73,10 @@ async def test_status_shows_what_is_on_its_way_and_how_far_it_is() -> None:
         ]
 
 
-async def test_status_shows_the_newest_durable_one_though_older_ones_backfill() -> None:
-    """Stored is not durable; an older one that is committed later is not the newest."""
+async def test_status_shows_the_newest_durable_one() -> None:
+    """As the manifest has it: restored, kept, uploaded by this process or by another one before."""
     sidecar = Sidecar()
-    ref = ObjectRef("run/step_3.pt", 1000, "etag")
-    sidecar.tell(committed(2), committed(1), Moved(checkpoint(3, Stored((ref,))), SAVED))
+    sidecar.tell(committed(2), committed(1), RecoveryPoint(Id(1, 2), "step_2.pt", 1000, SAVED, SAVED + 2))
     async with served(sidecar) as client:
         told = (await client.ask("/status.json")).json
         assert told["committed"] == 2
@@ -90,16 +89,6 @@ async def test_status_shows_the_newest_durable_one_though_older_ones_backfill() 
             "stored_at": "2023-11-14T22:13:22Z",
             "uri": "s3://b/run/step_2.pt",
         }
-
-
-async def test_status_shows_what_was_restored() -> None:
-    """It is durable: it came from the bucket. What was kept may not be."""
-    sidecar = Sidecar()
-    sidecar.tell(Restored("kept", Id(1, 5), "step_5.pt", 0, 0.1))
-    assert sidecar.status.as_dict(SAVED)["newest"] is None
-    sidecar.tell(Restored("restored", Id(1, 4), "step_4.pt", 1000, 0.1))
-    newest = sidecar.status.as_dict(SAVED)["newest"]
-    assert (newest["id"], newest["step"], newest["size"]) == ("1-4", 4, 1000)
 
 
 @pytest.mark.parametrize(
