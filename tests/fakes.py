@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from ckpt_sidecar.bucket import (
+    MIN_PART_BYTES,
     Abilities,
     Condition,
     Conflict,
@@ -73,6 +74,12 @@ class _Upload:
     metadata: Mapping[str, str]
     parts: dict[int, tuple[Part, bytes]] = field(default_factory=dict)
 
+    def content(self, part: Part) -> bytes:
+        kept, content = self.parts.get(part.number, (None, b""))
+        if kept is None or kept.etag != part.etag:
+            raise Refused(f"part {part.number} is not there like that")
+        return content
+
 
 class MemoryBucket:
     """A bucket that keeps its promises in memory; `abilities` takes some of the store's away.
@@ -86,7 +93,7 @@ class MemoryBucket:
         self.abilities = abilities
         self.versioned = versioned
         self.objects: dict[str, _Object] = {}
-        self.versions: dict[tuple[str, str], _Object] = {}
+        self.versions: dict[tuple[str, str], _Object | None] = {}  # in the order of time; None was a delete
         self.uploads: dict[str, _Upload] = {}
         self._numbers = count(1)
 
@@ -125,7 +132,8 @@ class MemoryBucket:
         body = memoryview(found.body)[span.offset : span.end]
         if len(body) < span.size:
             raise Corrupt(f"{ref.key} came short")
-        sink.write_at(span.offset, body)
+        if body:
+            sink.write_at(span.offset, body)
         return crc64(body)
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectRef]:
@@ -149,13 +157,13 @@ class MemoryBucket:
         """As promised."""
         await asyncio.sleep(0)
         if version_id:
-            gone = self.versions.pop((key, version_id), None)
-            if key in self.objects and self.objects[key] is gone:
-                del self.objects[key]
+            self._forget(key, version_id)
             return
         self._at(key)
         await self._check(key, when, honoured=self.abilities.conditional_delete)
         self.objects.pop(key, None)
+        if self.versioned:
+            self.versions[key, self._new_version()] = None
 
     async def create_multipart(self, key: str, *, metadata: Mapping[str, str]) -> str:
         """As promised."""
@@ -184,12 +192,12 @@ class MemoryBucket:
         """As promised; a refused one leaves the upload as it was."""
         await self._check(upload.key, when, honoured=self.abilities.conditional_complete)
         under_way = self._under_way(upload)
-        contents = []
-        for part in parts:
-            kept, content = under_way.parts.get(part.number, (None, b""))
-            if kept is None or kept.etag != part.etag:
-                raise Refused(f"part {part.number} is not there like that")
-            contents.append(content)
+        contents = [under_way.content(part) for part in parts]
+        if any(len(content) < MIN_PART_BYTES for content in contents[:-1]):
+            raise Refused("a part before the last one is too small")
+        numbers = [part.number for part in parts]
+        if not numbers or numbers != sorted(numbers):
+            raise Refused(f"these parts are no object: {numbers}")
         del self.uploads[upload.upload_id]
         etag = f"{_md5(*contents)}-{len(contents)}"
         return self._keep(upload.key, b"".join(contents), etag, under_way.metadata)
@@ -233,13 +241,26 @@ class MemoryBucket:
         return found.ref if self.abilities.checksum else replace(found.ref, crc64nvme=None)
 
     def _keep(self, key: str, body: bytes, etag: str, metadata: Mapping[str, str]) -> ObjectRef:
-        version = f"version-{next(self._numbers)}" if self.versioned else None
+        version = self._new_version() if self.versioned else None
         lowered = {name.lower(): value for name, value in metadata.items()}
         ref = ObjectRef(key, len(body), etag, encode_crc64(crc64(body)), version, lowered)
         self.objects[key] = _Object(ref, body)
         if version:
             self.versions[key, version] = self.objects[key]
         return ref
+
+    def _new_version(self) -> str:
+        return f"version-{next(self._numbers)}"
+
+    def _forget(self, key: str, version_id: str) -> None:
+        """Delete a version; the newest that is left stands there then, unless that was a delete."""
+        if self.versions.pop((key, version_id), None) is None:
+            return
+        left = [found for (at, _), found in self.versions.items() if at == key]
+        if left and left[-1]:
+            self.objects[key] = left[-1]
+        else:
+            self.objects.pop(key, None)
 
 
 def _md5(*contents: bytes) -> str:

@@ -202,17 +202,6 @@ async def test_a_rename_completes_at_once(tmp_path: Path) -> None:
         assert this.holds.names() == ["x.pt"]
 
 
-async def test_a_rename_arrives_within_milliseconds(tmp_path: Path) -> None:
-    async with rig(tmp_path) as this:
-        took = []
-        for n in range(20):
-            place(tmp_path / f"{n}.pt", archive())
-            began = time.monotonic()
-            await this.until(f"{n}.pt")
-            took.append(time.monotonic() - began)
-        assert sorted(took)[len(took) // 2] < 0.05
-
-
 async def test_a_plain_save_completes_when_it_is_closed(tmp_path: Path) -> None:
     async with rig(tmp_path, rules=SLOW) as this:
         save(tmp_path / "x.pt")
@@ -704,10 +693,8 @@ async def test_what_is_completed_just_before_the_stop_is_not_missed(tmp_path: Pa
 
 async def test_a_stop_wakes_a_watcher_that_rests(tmp_path: Path) -> None:
     async with rig(tmp_path, rules=SLOW) as this:
-        began = time.monotonic()
         asyncio.get_running_loop().call_later(0.05, this.stop.set)
         assert [each async for each in this.batches] == []
-        assert time.monotonic() - began < 5
 
 
 async def test_a_stop_without_a_watch_directory_ends_too(tmp_path: Path) -> None:
