@@ -54,7 +54,7 @@ class Body:
     A run longer than the buffer is read twice: for its checksum, then to be sent.
     """
 
-    def __init__(self, source: Source, span: Span, buffer: memoryview, stop: threading.Event) -> None:
+    def __init__(self, source: Source, span: Span, buffer: memoryview, *, stop: threading.Event) -> None:
         self._source = source
         self._span = span
         self._buffer = buffer
@@ -140,7 +140,7 @@ class BodyThreads:
         """Send one run of the source; return the store's answer and the CRC64NVME of what was sent."""
 
         def work(buffer: memoryview, stop: threading.Event) -> tuple[dict[str, Any], int]:
-            body = Body(source, span, buffer, stop)
+            body = Body(source, span, buffer, stop=stop)
             body.read_through(checks)
             ask = getattr(self._client, operation)
             with self._sending(body):
@@ -155,7 +155,9 @@ class BodyThreads:
             answer = self._client.get_object(Range=f"bytes={span.offset}-{span.end - 1}", **arguments)
             try:
                 to_skip = _to_skip(answer, span, etag)
-                return _pour(answer["Body"], span, sink, buffer[:PIECE_BYTES], to_skip, stop)
+                return _pour(
+                    answer["Body"], span, sink, buffer=buffer[:PIECE_BYTES], to_skip=to_skip, stop=stop
+                )
             finally:
                 answer["Body"].close()  # keeps the connection if all was read, else gives it up
 
@@ -226,7 +228,7 @@ def _to_skip(answer: Mapping[str, Any], span: Span, etag: str) -> int:
 
 
 def _pour(
-    stream: Any, span: Span, sink: Sink, buffer: memoryview, to_skip: int, stop: threading.Event
+    stream: Any, span: Span, sink: Sink, *, buffer: memoryview, to_skip: int, stop: threading.Event
 ) -> int:
     crc = 0
     done = -to_skip

@@ -227,7 +227,7 @@ def _not_durable(name: str | None, *, watch: str, spool: str, pattern: Sequence[
     from ckpt_sidecar.standing import not_settled  # noqa: PLC0415
 
     queued = {each["name"] for each in _ask(watch, spool)["queue"]}
-    unsettled = not_settled(Path(watch), _home(watch, spool), Rules(tuple(pattern)), name)
+    unsettled = not_settled(Path(watch), _home(watch, spool), Rules(tuple(pattern)), name=name)
     return sorted((queued if name is None else queued & {name}) | set(unsettled))
 
 

@@ -71,7 +71,8 @@ def merge(old: Candidate | None, new: Candidate) -> Candidate:
         return replace(old, due=min(old.due, new.due))
     if (old.size, old.mtime_ns) != (new.size, new.mtime_ns):
         return new
-    return replace(new, evidence=max(old.evidence, new.evidence), due=min(old.due, new.due))
+    since, due = min(old.since, new.since), min(old.due, new.due)  # a late event is no new change
+    return replace(new, evidence=max(old.evidence, new.evidence), since=since, due=due)
 
 
 def rest_needed(evidence: Evidence, look: Look, rules: Rules) -> float:
@@ -96,7 +97,7 @@ def rest_needed(evidence: Evidence, look: Look, rules: Rules) -> float:
 
 
 def judge(
-    candidate: Candidate, look: Look, size: int, mtime_ns: int, *, now: float, rules: Rules
+    candidate: Candidate, look: Look, *, size: int, mtime_ns: int, now: float, rules: Rules
 ) -> tuple[Verdict, Candidate]:
     """Decide about a candidate by a look at its bytes, when it had that size and mtime."""
     if (size, mtime_ns) != (candidate.size, candidate.mtime_ns):

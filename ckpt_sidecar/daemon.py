@@ -144,7 +144,7 @@ async def _daemon(
 
     async with _bucket(settings, tell) as bucket:
         world = World(bucket, _times(), time.monotonic, _me(settings), tell)
-        sidecar = Sidecar(settings, world, spool, book)
+        sidecar = Sidecar(settings, world, spool=spool, book=book)
         child = Child(command, grace=settings.drain_timeout) if command else None
         with _signals(sidecar, child):
             return await sidecar.run(

@@ -181,10 +181,10 @@ def _check_zip(file: BinaryIO, size: int) -> None:
         if record.offset + _LOCAL.size + record.name_size + record.size > directory.offset:
             raise _NotWhole(f"record {n} of the zip archive lies outside of it")
         if n % step == 0 or n == directory.entries - 1:
-            _check_local_header(file, directory, record, n)
+            _check_local_header(file, directory, record, n=n)
 
 
-def _check_local_header(file: BinaryIO, directory: _Directory, record: _Record, n: int) -> None:
+def _check_local_header(file: BinaryIO, directory: _Directory, record: _Record, *, n: int) -> None:
     header = _LOCAL.unpack(_read(file, record.offset, _LOCAL.size))
     if header[0] != _ZIP_MAGIC:
         raise _NotWhole(f"record {n} of the zip archive is not where the directory says: a hole?")

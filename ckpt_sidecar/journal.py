@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from ckpt_sidecar.checkpoint import Checkpoint, File, Id, Pinned, State, Uploading
@@ -28,6 +30,14 @@ def load_record(data: Mapping[str, Any]) -> Record:
         if type(value) is not type(getattr(Record(""), name)):
             raise TypeError(f"{name} is {value!r}")
     return record
+
+
+def pid_of(home: Path) -> str:
+    """Return the pid that the sidecar of the spool at `home` has noted, or "unknown"."""
+    try:
+        return str(json.loads((home / "spool.json").read_bytes())["pid"] or "unknown")
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
 
 
 # --- the journal entry: the same states as everywhere, as JSON ---------------------------------------

@@ -23,7 +23,7 @@ class NoRoom(Exception):
 class Incoming:
     """A restore under way: a preallocated file out of the trainer's sight; a `bucket.Sink`."""
 
-    def __init__(self, root: Path, path: Path, size: int, disk: Disk) -> None:
+    def __init__(self, root: Path, path: Path, *, size: int, disk: Disk) -> None:
         self._root = root
         self._path = path
         self._disk = disk
@@ -86,7 +86,8 @@ class Landing:
         free = self._disk.free_bytes(self._incoming)
         if free < size:
             raise NoRoom(f"the checkpoint has {size} bytes, {self.root} room for {free} (make room there)")
-        return Incoming(self.root, self._incoming / f"{os.getpid()}-{next(self._numbers)}", size, self._disk)
+        path = self._incoming / f"{os.getpid()}-{next(self._numbers)}"
+        return Incoming(self.root, path, size=size, disk=self._disk)
 
     def aside(self, name: str) -> Path:
         """Move what stands at `name` out of the way, kept for a person to look at; return where it is."""

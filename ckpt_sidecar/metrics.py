@@ -85,7 +85,7 @@ class Metrics:
         return Counter(PREFIX + name, text, tuple(labels), registry=self.registry)
 
     def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], labels: Iterable[str] = ()
+        self, name: str, text: str, buckets: tuple[float, ...], *, labels: Iterable[str] = ()
     ) -> Histogram:
         return Histogram(PREFIX + name, text, tuple(labels), buckets=buckets, registry=self.registry)
 
@@ -145,7 +145,7 @@ class Metrics:
             "s3_request_duration_seconds",
             "How long the store took to answer.",
             SHORT + LONG[8:],
-            ["operation"],
+            labels=["operation"],
         )
         _all(self.request_seconds, "operation")
         self.retries = self._counter(

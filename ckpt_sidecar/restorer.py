@@ -95,25 +95,25 @@ class Restorer:
         newest = manifest.newest
         held = max((each for each in waiting if self._stands(each)), key=lambda each: each.id, default=None)
         if held is not None and (newest is None or held.id > newest.id):
-            self._told("kept", held.id, held.name, 0, started)
+            self._told("kept", held.id, held.name, size=0, started=started)
             return Outcome("kept")
         if newest is None:
-            self._told("empty", None, None, 0, started)
+            self._told("empty", None, None, size=0, started=started)
             return Outcome("empty")
         for entry in manifest.checkpoints:
             outcome = await self._try(entry)
             if outcome is not None and outcome.entry is not None:
                 it = outcome.entry
                 size = it.size if outcome.word == "restored" else 0
-                self._told(outcome.word, it.id, it.name, size, started)
+                self._told(outcome.word, it.id, it.name, size=size, started=started)
                 return outcome
-        self._told("failed", newest.id, newest.name, 0, started)
+        self._told("failed", newest.id, newest.name, size=0, started=started)
         raise NothingRestored(
             f"none of the {len(manifest.checkpoints)} checkpoints in the manifest could be restored; "
             "the log says of each one why"
         )
 
-    def _told(self, word: str, id_: Id | None, name: str | None, size: int, started: float) -> None:
+    def _told(self, word: str, id_: Id | None, name: str | None, *, size: int, started: float) -> None:
         self._tell(Restored(word, id_, name, size, self._seconds() - started))
 
     def _stands(self, checkpoint: Checkpoint) -> bool:

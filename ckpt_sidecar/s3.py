@@ -166,7 +166,7 @@ class S3Bucket:
             sent = self._bodies.send("put_object", source, span, checks=checks, arguments=arguments)
         answer, crc = await self._asked("put_object", key, sent)
         size = len(body) if isinstance(body, bytes) else body[1]
-        return self._written(key, size, encode_crc64(crc), answer, metadata)
+        return self._written(key, size, encode_crc64(crc), answer=answer, metadata=metadata)
 
     async def _put_small(self, body: bytes, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         checks = self._checks_of_put()
@@ -236,7 +236,7 @@ class S3Bucket:
         answer = await self._call("complete_multipart_upload", **arguments)
         if not answer.get("ETag"):
             raise Unreachable(f"completing {upload.key} was answered with no etag: look", reason="server")
-        ref = self._written(upload.key, size, crc, answer, metadata)
+        ref = self._written(upload.key, size, crc, answer=answer, metadata=metadata)
         return ref if self.abilities.checksum else await self._confirmed(ref)
 
     async def _confirmed(self, ref: ObjectRef) -> ObjectRef:
@@ -329,7 +329,7 @@ class S3Bucket:
         )
 
     def _written(
-        self, key: str, size: int, crc: str | None, answer: Mapping[str, Any], metadata: Mapping[str, str]
+        self, key: str, size: int, crc: str | None, *, answer: Mapping[str, Any], metadata: Mapping[str, str]
     ) -> ObjectRef:
         """Read an object out of the answer to a write; Corrupt when it shows another checksum than ours."""
         shown = answer.get("ChecksumCRC64NVME") if self.abilities.checksum else None

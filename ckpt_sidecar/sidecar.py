@@ -69,7 +69,7 @@ class World:
 class Sidecar:
     """One life. `stop` asks for the drain, `hurry` ends it at once."""
 
-    def __init__(self, settings: Settings, world: World, spool: Spool, book: Book) -> None:
+    def __init__(self, settings: Settings, world: World, *, spool: Spool, book: Book) -> None:
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
         self._settings = settings

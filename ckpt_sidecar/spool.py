@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
 from ckpt_sidecar.disk import Disk, PinnedFile, file_of, files_below
-from ckpt_sidecar.journal import Record, dump_entry, load_entry, load_record
+from ckpt_sidecar.journal import Record, dump_entry, load_entry, load_record, pid_of
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
 
@@ -115,7 +115,7 @@ class Spool:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise SpoolError(
-                f"another ckpt-sidecar serves {self.root} (pid {_read_pid(self.home)}): stop it first"
+                f"another ckpt-sidecar serves {self.root} (pid {pid_of(self.home)}): stop it first"
             ) from None
 
     def _read_record(self, new_id: str, durable: Sequence[Id]) -> list[str]:
@@ -400,10 +400,3 @@ class Spool:
 
 def _catch_name(inode: tuple[int, int], name: str) -> str:
     return f"{inode[0]:x}-{inode[1]:x}-{crc64(os.fsencode(name)):x}"
-
-
-def _read_pid(home: Path) -> str:
-    try:
-        return str(json.loads((home / "spool.json").read_bytes())["pid"] or "unknown")
-    except (OSError, ValueError, KeyError, TypeError):
-        return "unknown"

@@ -23,7 +23,7 @@ def newest_whole(root: Path, rules: Rules) -> Path | None:
     return next((root / each.name for each in found if _is_whole(root, each)), None)
 
 
-def not_settled(root: Path, home: Path, rules: Rules, name: str | None = None) -> list[str]:
+def not_settled(root: Path, home: Path, rules: Rules, *, name: str | None = None) -> list[str]:
     """Return the names, or just `name`, of which the spool at `home` does not yet know what became.
 
     Those are the whole files that stand under `root`, and what is held without a verdict. A name of which

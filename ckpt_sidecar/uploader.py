@@ -243,8 +243,8 @@ class Uploader:
         for _ in range(LOOKS):
             upload, have = await self._begin(job, layout)
             try:
-                parts = await self._send(job, upload, layout, have)
-                return await self._complete(job, upload, parts, when)
+                parts = await self._send(job, upload, layout, have=have)
+                return await self._complete(job, upload, parts, when=when)
             except (Missing, Corrupt) as error:  # the upload is gone, or its parts are not what we sent
                 lost = error
             found = await self._look(job)
@@ -306,7 +306,7 @@ class Uploader:
         return await asyncio.to_thread(_agreeing_parts, job.source, layout, listed)
 
     async def _send(
-        self, job: _Job, upload: Upload, layout: Sequence[Span], have: dict[int, Part]
+        self, job: _Job, upload: Upload, layout: Sequence[Span], *, have: dict[int, Part]
     ) -> list[Part]:
         """Send what is missing, the announcement beside it; return all parts once both are answered."""
         missing = [span for span in layout if span.number not in have]
@@ -339,7 +339,7 @@ class Uploader:
         )
 
     async def _complete(
-        self, job: _Job, upload: Upload, parts: Sequence[Part], when: Condition
+        self, job: _Job, upload: Upload, parts: Sequence[Part], *, when: Condition
     ) -> Checkpoint:
         for _ in range(LOOKS):
             job.source.check()

@@ -372,7 +372,12 @@ class Watcher:
         if self._known(file) or version in self._torn:
             return Verdict.TORN
         verdict, candidate = judge(
-            hint.candidate, sight.look, file.size, file.mtime_ns, now=self._clock(), rules=self._rules
+            hint.candidate,
+            sight.look,
+            size=file.size,
+            mtime_ns=file.mtime_ns,
+            now=self._clock(),
+            rules=self._rules,
         )
         self._held[hint.key] = hint._replace(candidate=candidate)
         if verdict is Verdict.TORN and sight.stands and self._torn.first(version):

@@ -36,8 +36,8 @@ def candidate(evidence: Evidence, *, since: float = 100.0, size: int = 5, mtime_
 )
 def test_the_table_of_rests(evidence: Evidence, look: Look, rest: float) -> None:
     assert rest_needed(evidence, look, RULES) == rest
-    before = judge(candidate(evidence), look, 5, 7, now=100.0 + rest - 0.01, rules=RULES)
-    after = judge(candidate(evidence), look, 5, 7, now=100.0 + rest, rules=RULES)
+    before = judge(candidate(evidence), look, size=5, mtime_ns=7, now=100.0 + rest - 0.01, rules=RULES)
+    after = judge(candidate(evidence), look, size=5, mtime_ns=7, now=100.0 + rest, rules=RULES)
     assert before[0] is Verdict.WAIT and before[1].due == 100.0 + rest
     assert after[0] is (Verdict.TORN if look.flaw else Verdict.TAKE)
 
@@ -47,7 +47,7 @@ def test_the_table_of_rests(evidence: Evidence, look: Look, rest: float) -> None
 @pytest.mark.parametrize(("size", "mtime_ns"), [(6, 7), (5, 8), (0, 0)])
 def test_what_changes_is_never_taken(evidence: Evidence, look: Look, size: int, mtime_ns: int) -> None:
     """It must rest anew from now on, and what was known of an earlier writer counts no more."""
-    verdict, changed = judge(candidate(evidence), look, size, mtime_ns, now=500.0, rules=RULES)
+    verdict, changed = judge(candidate(evidence), look, size=size, mtime_ns=mtime_ns, now=500.0, rules=RULES)
     assert verdict is Verdict.WAIT
     assert (changed.since, changed.due) == (500.0, 501.0)
     assert (changed.size, changed.mtime_ns) == (size, mtime_ns)
@@ -92,8 +92,9 @@ def test_a_writer_that_closes_completes_what_it_created() -> None:
 
 
 def test_the_stronger_evidence_on_one_version_stays() -> None:
+    """It has rested since it was first seen so: an event that comes late is no change."""
     merged = merge(candidate(PLACED), candidate(CLOSED, since=103.0))
-    assert (merged.evidence, merged.since, merged.due) == (PLACED, 103.0, 100.0)
+    assert (merged.evidence, merged.since, merged.due) == (PLACED, 100.0, 100.0)
 
 
 def test_the_evidence_on_another_version_counts_no_more() -> None:
@@ -114,11 +115,11 @@ def test_every_file_that_comes_to_rest_gets_a_verdict(
     this = noticed(evidence, size, 0, now=now, wall=0.0, rules=RULES)
     for pause, grows in steps:
         now, size = max(now + pause, this.due), size + grows
-        verdict, this = judge(this, look, size, 0, now=now, rules=RULES)
+        verdict, this = judge(this, look, size=size, mtime_ns=0, now=now, rules=RULES)
         assert verdict is Verdict.WAIT or not grows
         if verdict is not Verdict.WAIT:
             return
     for _ in range(3):
         now = max(now, this.due)
-        verdict, this = judge(this, look, size, 0, now=now, rules=RULES)
+        verdict, this = judge(this, look, size=size, mtime_ns=0, now=now, rules=RULES)
     assert verdict is (Verdict.TORN if look.flaw else Verdict.TAKE)

@@ -78,7 +78,7 @@ class Life:
         )
         me = holder("", attempt or f"attempt of {root.name}", f"node of {root.name}")
         world = World(bucket, times(chance=0.002), time.monotonic, me, self.told)
-        self.sidecar = Sidecar(Settings(**defaults | settings), world, self.spool, self.book)
+        self.sidecar = Sidecar(Settings(**defaults | settings), world, spool=self.spool, book=self.book)
         self.running: asyncio.Task[End] | None = None
 
     def start(self, child: Child | None = None) -> None:
