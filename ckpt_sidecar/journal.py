@@ -1,14 +1,14 @@
-"""What the spool writes down, as JSON: its record of itself, and an entry for each pin."""
+"""What the spool writes down, as JSON, and reads back: its record of itself, an entry for each pin."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckpt_sidecar.checkpoint import Checkpoint, File, Id, Pinned, State, Uploading
+from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id, Pinned, State, Uploading
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,15 @@ class Record:
     counter: int = 0
     address: str = ""
     pid: int = 0
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What a restart finds: checkpoints on their way, files not yet judged, what is broken."""
+
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+    caught: list[Caught] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)
 
 
 def load_record(data: Mapping[str, Any]) -> Record:

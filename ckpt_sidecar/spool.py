@@ -24,7 +24,7 @@ import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
 from ckpt_sidecar.disk import Disk, PinnedFile, file_of, files_below
-from ckpt_sidecar.journal import Record, dump_entry, load_entry, load_record, pid_of
+from ckpt_sidecar.journal import Record, Recovered, dump_entry, load_entry, load_record, pid_of
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
 
@@ -42,15 +42,6 @@ OWN = 10**9  # ids of generation 0 that a spool has to itself; an id's number ha
 
 class SpoolError(Exception):
     """The spool or the watch dir cannot be used; the message names it, the cause and the mend."""
-
-
-@dataclass(slots=True)
-class Recovered:
-    """What a restart finds: checkpoints on their way, files not yet judged, what is broken."""
-
-    checkpoints: list[Checkpoint] = field(default_factory=list)
-    caught: list[Caught] = field(default_factory=list)
-    broken: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Spool:
