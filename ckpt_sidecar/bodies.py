@@ -214,12 +214,19 @@ def _check(stop: threading.Event) -> None:
         raise Stopped
 
 
+def length_of(answer: Mapping[str, Any]) -> int:
+    """Return how many bytes the answer announces; Corrupt when it does not say."""
+    if answer.get("ContentLength") is None:
+        raise Corrupt("the answer does not tell its length", hint="look at the proxy in between")
+    return int(answer["ContentLength"])
+
+
 def _to_skip(answer: Mapping[str, Any], span: Span, etag: str) -> int:
     """Return how many bytes of the answer come before the span; Conflict when it is of another object."""
     seen = str(answer.get("ETag", "")).strip('"')
     if seen and seen != etag:
         raise Conflict(f"the object has another etag ({seen}) than it should have ({etag})")
-    size = int(answer["ContentLength"])
+    size = length_of(answer)
     whole = size != span.size and "ContentRange" not in answer  # rclone says 200, and yet sends the range
     to_skip = span.offset if whole else 0
     if size - to_skip < span.size:

@@ -56,10 +56,11 @@ class Child:
         code = await self._process.wait()
         return 128 - code if code < 0 else code
 
-    def send(self, number: signal.Signals) -> bool:
+    def send(self, number: signal.Signals, *, has_it: bool = False) -> bool:
         """Pass a signal on; False when there is no child (yet, or any more).
 
-        One that comes while the child is being started is passed on as soon as it has been.
+        One that comes while the child is being started is passed on as soon as it has been. `has_it`: the
+        child has got it already, from the terminal; it is asked to stop all the same.
         """
         if self._starting:
             self._early.append(number)
@@ -70,6 +71,8 @@ class Child:
             self._stop = number
             if self._process is not None:
                 asyncio.get_running_loop().call_later(self._grace, self._signal, signal.SIGKILL)
+        if has_it and number is not signal.SIGKILL and self._process is not None:
+            return self._process.returncode is None
         return self._signal(number)
 
     def _signal(self, number: signal.Signals) -> bool:

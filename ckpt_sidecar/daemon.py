@@ -108,7 +108,7 @@ def run_daemon(settings: Settings, command: Sequence[str]) -> End:
     """Run one sidecar's life, around `command` if there is one; return how it ended."""
     log = _start_log(settings)
     book = Book()
-    readers: list[Tell] = [log.tell]
+    readers: list[Tell] = [_with_progress(log.tell)]
 
     def tell(event: Event) -> None:
         for reader in readers:
@@ -164,7 +164,7 @@ def _signals(sidecar: Sidecar, child: Child | None) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def take(number: signal.Signals) -> None:
-        if child is not None and child.send(number):
+        if child is not None and child.send(number, has_it=number == signal.SIGINT and _in_foreground()):
             return
         if number in STOPS and sidecar.stop.is_set():
             sidecar.hurry.set()
@@ -181,6 +181,14 @@ def _signals(sidecar: Sidecar, child: Child | None) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
+def _in_foreground() -> bool:
+    """Does a terminal send its Ctrl-C to our process group, and so to a child of ours as well?"""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
 def _leaf(group: BaseExceptionGroup[Any]) -> BaseException:
     """The first single error inside a group."""
     error: BaseException = group
@@ -195,7 +203,7 @@ def _leaf(group: BaseExceptionGroup[Any]) -> BaseException:
 def run_restore(settings: Settings) -> tuple[Exit, dict[str, Any]]:
     """Restore once, without claiming the prefix; return the exit code and what was done."""
     log = _start_log(settings)
-    tell = _with_progress(log.tell) if on_terminal(default_stream()) else log.tell
+    tell = _with_progress(log.tell)
     with _spool(settings, tell) as spool:
         return asyncio.run(_restore(settings, spool, tell))
 
@@ -230,11 +238,13 @@ async def _restore(settings: Settings, spool: Spool, tell: Tell) -> tuple[Exit, 
 
 
 def _with_progress(tell: Tell) -> Tell:
-    """A progress bar for what comes down, in place of its log lines."""
+    """A progress bar for what comes down, in place of its log lines, where a person is watching."""
+    if not on_terminal(default_stream()):
+        return tell
     bars: dict[str, Any] = {}
 
     def told(event: Event) -> None:
-        if not isinstance(event, Progress):
+        if not isinstance(event, Progress) or event.direction != "down":
             tell(event)
             return
         bar = bars.get(event.name)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ckpt_sidecar import __version__
 from ckpt_sidecar.answers import Asked, bare, scrubbed, translated, version_of
-from ckpt_sidecar.bodies import BodyThreads, Checks, Held
+from ckpt_sidecar.bodies import BodyThreads, Checks, Held, length_of
 from ckpt_sidecar.bucket import (
     MIB,
     PART_BYTES,
@@ -321,7 +321,7 @@ class S3Bucket:
         full = self.abilities.checksum and answer.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
         return ObjectRef(
             key,
-            answer["ContentLength"],
+            length_of(answer),
             bare(answer["ETag"]),
             answer.get("ChecksumCRC64NVME") if full else None,
             version_of(answer),
