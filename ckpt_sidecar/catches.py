@@ -6,6 +6,7 @@ A file is held before it is known to be whole, or even to be finished; the watch
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 import threading
@@ -28,7 +29,7 @@ class Catcher(Protocol):
     """Who holds files, so that the trainer may do with the names what it likes. From any thread."""
 
     def catch(self, name: str) -> Caught | None:
-        """Hold the regular file that stands at `name`; None when there is none.
+        """Hold the regular file that stands at `name`; None when there is none; OSError when it cannot be.
 
         Once more for the same name and inode is the same hold; under another name it is one of its own.
         """
@@ -161,7 +162,7 @@ class Inbox:
         except FileNotFoundError:
             return False
         except OSError as error:
-            self._post(Failed("watch", "disk", printable(seen.name), str(error)))
+            self._post(unreadable(seen.name, error))
             return False
         return new
 
@@ -203,6 +204,13 @@ class Inbox:
         now, wall = self._clock(), self._wall()
         size, mtime_ns = found.st_size, found.st_mtime_ns
         return Hint(caught, noticed(evidence, size, mtime_ns, now=now, wall=wall, rules=self._rules))
+
+
+def unreadable(name: str, error: OSError) -> Failed:
+    """Say that a file cannot be held or read, and the mend where we know it."""
+    ours = "run the sidecar as the trainer's user, or make the file readable for it"
+    mend = ours if error.errno in (errno.EACCES, errno.EPERM) else ""
+    return Failed("watch", "disk", printable(name), error.strerror or str(error), mend)
 
 
 def printable(name: str) -> str:

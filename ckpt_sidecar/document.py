@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from ckpt_sidecar.bucket import MAX_OBJECT_BYTES, ObjectRef, decode_crc64
 from ckpt_sidecar.checkpoint import Id
 from ckpt_sidecar.manifest import Announced, Entry, Expiring, Holder, Manifest, parse_rfc3339, rfc3339
-from ckpt_sidecar.names import flaw_of_name, step_of
+from ckpt_sidecar.names import MANIFEST_NAME, flaw_of_name, step_of
 
 T = TypeVar("T")
 
@@ -24,6 +24,12 @@ class Mangled(ValueError):
 
 class UnknownSchema(ValueError):
     """`latest.json` was written by a newer ckpt-sidecar: it is left alone."""
+
+    reason = "refused"
+    hint = "use that ckpt-sidecar, or another --prefix"
+
+    def __str__(self) -> str:
+        return f"{MANIFEST_NAME}: {self.args[0]} ({self.hint})"
 
 
 # --- writing -----------------------------------------------------------------------------------------

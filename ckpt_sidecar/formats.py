@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import BinaryIO, NamedTuple
 
+from ckpt_sidecar.bucket import MAX_OBJECT_BYTES
+
 # --- rules -------------------------------------------------------------------------------------------
 
 # `x.pt.tmp`, `x.pt.tmp123`, `x.tmp.pt`, `x.part`, `x~`, and the staging directory of transformers' Trainer
@@ -73,6 +75,10 @@ def look_at(file: BinaryIO, name: str) -> Look:
     size = file.seek(0, 2)
     if size == 0:
         return Look("is empty")
+    if size > MAX_OBJECT_BYTES:
+        return Look(
+            f"has {size} bytes, more than the {MAX_OBJECT_BYTES} of an object in S3: save it in shards"
+        )
     try:
         head = _read(file, 0, min(size, 4))
         if _ZIP_MAGIC.startswith(head) or head == _ZIP_END:

@@ -13,6 +13,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -45,12 +46,13 @@ def walk(
     *,
     below: str = "",
     enter: Callable[[str], None],
-    refused: Callable[[str, OSError], None],
+    refused: Callable[[str, str], None],
 ) -> Iterator[Seen]:
     """Yield every wanted file and symlink under `root`/`below`; no symlink and no dot-directory is entered.
 
-    `enter` gets the name of each directory before it is listed, `refused` that of one which cannot be. Names
-    are relative to `root`, "" is the root. OSError when the root itself cannot be listed.
+    `enter` gets the name of each directory before it is listed; `refused` that of what is passed over though
+    checkpoints may be meant, and why. Names are relative to `root`, "" is the root. OSError when the root
+    itself cannot be listed.
     """
     directories = [below]
     while directories:
@@ -63,18 +65,23 @@ def walk(
                     if entry.is_dir(follow_symlinks=False):
                         if not entry.name.startswith("."):
                             directories.append(name)
-                    elif wants(name):
-                        yield from _seen(name, entry)
+                    else:
+                        yield from _seen(name, entry, wanted=wants(name), refused=refused)
         except FileNotFoundError:
             if directory == "":
                 raise
         except OSError as error:
             if directory == "":
                 raise
-            refused(directory, error)
+            refused(directory, f"cannot be listed: {error.strerror}")
 
 
-def _seen(name: str, entry: os.DirEntry[str]) -> Iterator[Seen]:
+def _seen(
+    name: str, entry: os.DirEntry[str], *, wanted: bool, refused: Callable[[str, str], None]
+) -> Iterator[Seen]:
+    if not wanted:
+        _pass_over(name, entry, refused)
+        return
     try:
         found = entry.stat(follow_symlinks=False)
     except OSError:  # gone since
@@ -82,6 +89,15 @@ def _seen(name: str, entry: os.DirEntry[str]) -> Iterator[Seen]:
     if stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode):
         inode = (found.st_dev, found.st_ino)
         yield Seen(name, found.st_size, found.st_mtime_ns, inode, stat.S_ISLNK(found.st_mode))
+    else:
+        refused(name, "is no regular file")
+
+
+def _pass_over(name: str, entry: os.DirEntry[str], refused: Callable[[str, str], None]) -> None:
+    """Say so where it is a symlink to a directory: checkpoints may be meant."""
+    with suppress(OSError):
+        if entry.is_symlink() and entry.is_dir() and not entry.name.startswith("."):
+            refused(name, "is a symlink to a directory, and is not followed")
 
 
 # --- the hints ---------------------------------------------------------------------------------------
@@ -241,7 +257,7 @@ def _everything(_name: str) -> bool:
     return True
 
 
-def _ignore_refusal(_name: str, _error: OSError) -> None:
+def _ignore_refusal(_name: str, _why: str) -> None:
     """Nobody is told here."""
 
 

@@ -32,6 +32,14 @@ class Recovered:
     broken: list[tuple[str, str]] = field(default_factory=list)
 
 
+def read_json(raw: bytes) -> Any:
+    """Return what the JSON says; ValueError for whatever is none, also if it is nested without end."""
+    try:
+        return json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def load_record(data: Mapping[str, Any]) -> Record:
     """Read what the spool noted of itself; TypeError when it is not that."""
     record = Record(**{name: data[name] for name in asdict(Record("")) if name in data})

@@ -122,6 +122,6 @@ def _line(file: File, id_: Id | None) -> str:
 
 def _lines(text: str) -> Iterator[tuple[File, Id | None]]:
     for line in text.splitlines():
-        with suppress(ValueError, TypeError, OverflowError):
+        with suppress(ValueError, TypeError, OverflowError, RecursionError):
             name, size, mtime_ns, id_ = json.loads(line)
             yield File(str(name), int(size), int(mtime_ns)), None if id_ is None else Id.parse(id_)

@@ -39,6 +39,6 @@ def flaw_of_name(name: str) -> str | None:
         flaw = "is too long"
     elif any(unicodedata.category(char) == "Cc" for char in name):
         flaw = "has a control character"
-    elif parts[0] == HOME or name == MANIFEST_NAME:
+    elif HOME in parts or parts[-1] == MANIFEST_NAME:  # at any depth: another job's prefix may lie there
         flaw = "is one of ckpt-sidecar's own names"
     return flaw

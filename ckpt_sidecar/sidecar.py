@@ -1,7 +1,8 @@
 """The life of a sidecar: claim, restore, ready, work, drain. The one owner of the event loop.
 
     services   the web server, from the first second to the last; the trainer, where it is our child
-      work     take-in, the workers, retention: until all is drained, the deadline, or fenced
+      take-in  pins what is saved, from before the claim to the last look after the stop, or fenced
+      work     the workers, retention: until all is drained, the deadline, or fenced
 
 Trouble that a rest may mend is handled where it happens. Whatever else comes out of a task ends the
 process: the journal makes a restart safe, a half-dead daemon is not.
@@ -79,6 +80,7 @@ class Sidecar:
         self._claimed_in = spool.record.attempt
         self._landing = Landing(settings.watch)
         self._failed_restore = ""
+        self._taking: asyncio.Task[None] | None = None
         self._not_ready = "the bucket had not answered yet"
         self._ledger = Ledger(
             world.bucket,
@@ -124,9 +126,19 @@ class Sidecar:
                 web.cancel()
 
     async def _live(self, child: Child | None) -> End:
+        await self._take_up()
+        async with asyncio.TaskGroup() as group:
+            self._taking = group.create_task(self._pipeline.take_in(self.stop), name="take-in")
+            try:
+                return await self._beside(self._taking, child)
+            finally:
+                self._taking.cancel()
+
+    async def _beside(self, taking: asyncio.Task[None], child: Child | None) -> End:
+        """Claim, restore, work and drain, while whatever is saved is pinned."""
         try:
-            await self._take_up()
             if not await self._unless_stopped(self._prepare()):
+                await asyncio.wait({taking}, timeout=self._settings.drain_timeout + self._settings.settle)
                 end = self._end()
                 return End((child.stopped if child else 0) or end.code, end.reason)
         except FencedOff as fenced:
@@ -173,11 +185,10 @@ class Sidecar:
             self._world.tell(Ready(self._world.seconds() - started))
 
     def _say_not_ready(self, error: Exception) -> None:
-        reason = error.reason if isinstance(error, BucketError) else "disk"
-        hint = error.hint if isinstance(error, BucketError) else ""
-        self._world.tell(
-            Failed("start", reason, f"s3://{self._settings.bucket}/{self._settings.prefix}", str(error), hint)
-        )
+        where = f"s3://{self._settings.bucket}/{self._settings.prefix}"
+        reason = error.reason if isinstance(error, BucketError | UnknownSchema) else "disk"
+        hint = error.hint if isinstance(error, BucketError | UnknownSchema) else ""
+        self._world.tell(Failed("start", reason, where, str(error), hint))
         self._not_ready = str(error)
         self._world.tell(NotReady(self._not_ready))
 
@@ -257,7 +268,6 @@ class Sidecar:
             async with deadline, asyncio.TaskGroup() as work:
                 draining = work.create_task(self._arm(deadline), name="drain")
                 retaining = work.create_task(self._pipeline.retain(), name="retention")
-                work.create_task(self._pipeline.take_in(self.stop), name="take-in")
                 async with asyncio.TaskGroup() as workers:
                     for n in range(self._settings.workers):
                         workers.create_task(self._pipeline.work(), name=f"upload-{n}")
@@ -301,6 +311,9 @@ class Sidecar:
 
         A child that has not been started never will be: then there is nothing to stay for.
         """
+        if self._taking is not None:
+            self._taking.cancel()
+        self._watcher.close()  # what nobody will send must not fill the trainer's disk
         self._world.tell(NotReady(str(fenced)))
         if child is None:
             await self.stop.wait()

@@ -32,7 +32,7 @@ from typing import Any, BinaryIO
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
 from ckpt_sidecar.disk import Disk, PinnedFile, file_of, files_below
-from ckpt_sidecar.journal import Record, Recovered, dump_entry, load_entry, load_record, pid_of
+from ckpt_sidecar.journal import Record, Recovered, dump_entry, load_entry, load_record, pid_of, read_json
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
 
@@ -112,7 +112,7 @@ class Spool:
     def _read_record(self, new_id: str, durable: Sequence[Id]) -> list[str]:
         complaints = []
         try:
-            self.record = load_record(json.loads((self.home / "spool.json").read_bytes()))
+            self.record = load_record(read_json((self.home / "spool.json").read_bytes()))
         except FileNotFoundError:
             self.record = Record(spool=new_id)
         except (ValueError, TypeError) as error:
@@ -166,7 +166,10 @@ class Spool:
     # --- catching: from the first hint to the verdict ---
 
     def catch(self, name: str) -> Caught | None:
-        """Hold the regular file that stands at `name`; None when there is none. Idempotent; any thread."""
+        """Hold the regular file that stands at `name`; None when there is none. Idempotent; any thread.
+
+        OSError when it can be held neither by a link nor by a descriptor.
+        """
         path = self.root / name
         try:
             if not stat.S_ISREG(path.lstat().st_mode):
@@ -197,8 +200,12 @@ class Spool:
     def _catch_by_descriptor(self, path: Path, name: str) -> Caught | None:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
+        except FileNotFoundError:
             return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # a symlink stands there now
+                return None
+            raise
         status = os.fstat(descriptor)
         inode = (status.st_dev, status.st_ino)
         with self._mutex:
@@ -361,10 +368,10 @@ class Spool:
     def _read_entry(self, bare: Checkpoint) -> tuple[Checkpoint, str | None]:
         """The checkpoint as journalled, or `bare` (pinned) and what is wrong with its entry."""
         try:
-            read = load_entry(json.loads((self._pins / f"{bare.id}.json").read_bytes()))
+            read = load_entry(read_json((self._pins / f"{bare.id}.json").read_bytes()))
         except FileNotFoundError:
             return bare, None
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
             return bare, f"cannot be read ({error}); the pin itself is whole and is taken up from the start"
         if (read.id, read.name) != (bare.id, bare.name):
             return bare, "names another checkpoint than its pin; the pin is taken up from the start"

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, printable
+from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, printable, unreadable
 from ckpt_sidecar.checkpoint import Caught, File
 from ckpt_sidecar.completion import Candidate, Evidence, Seen, Verdict, judge, merge
 from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
@@ -115,7 +115,7 @@ class Watcher:
         self._tree_inode: tuple[int, int] | None = None
         self._listing: _Listing | None = None
         self._next_listing = self._last_listing = clock()
-        self._torn, self._told = _Once(), _Once()
+        self._torn, self._told, self._unreadable = _Once(), _Once(), _Once()
         self._lost, self._wall = "", wall
         self._already = already
 
@@ -233,7 +233,7 @@ class Watcher:
         reason, self._inbox.asked = self._inbox.asked or "interval", ""
         began = self._clock()
         anew = await asyncio.to_thread(self._check_watch, reason)
-        seen = walk(self._root, self._rules.wants, enter=self._enter, refused=self._refused)
+        seen = walk(self._root, self._rules.wants, enter=self._enter, refused=self._inbox.refuse)
         self._listing = _Listing("rewatch" if anew else reason, seen, began)
 
     def _check_watch(self, reason: str) -> bool:
@@ -265,9 +265,6 @@ class Watcher:
         if self._tree is not None:
             self._tree.watch(name)
 
-    def _refused(self, name: str, error: OSError) -> None:
-        self._inbox.refuse(name, f"cannot be listed: {error.strerror}")
-
     async def _list_some(self, listing: _Listing) -> None:
         try:
             more = await asyncio.to_thread(self._list, listing)
@@ -282,6 +279,7 @@ class Watcher:
             self._listing, self._last_listing, self._next_listing = None, now, now + self._rescan_every
             self._torn.listed()
             self._told.listed()
+            self._unreadable.listed()
             if listing.reason == "rewatch":
                 self._lost = ""
             took = now - listing.began
@@ -297,7 +295,8 @@ class Watcher:
                 continue
             new = self._inbox.take_in(seen, Evidence.FOUND)
             rested = self._wall() - seen.mtime_ns / 1e9 > self._rules.settle  # its event may be on the way
-            listing.missed += new and rested and listing.reason != "start"
+            told = (seen.name, seen.inode) in self._unreadable  # it is caught anew at each listing
+            listing.missed += new and rested and not told and listing.reason != "start"
         if n < _CHUNK:
             listing.free = shutil.disk_usage(self._root).free
             listing.held = self._catcher.held_bytes()
@@ -365,7 +364,8 @@ class Watcher:
         if isinstance(sight, FileNotFoundError):
             return Verdict.TORN
         if isinstance(sight, OSError):
-            self._receive(Failed("watch", "disk", printable(name), str(sight)))
+            self._unreadable.first(hint.key)
+            self._receive(unreadable(name, sight))
             return Verdict.TORN
         file = sight.file
         version = (name, hint.caught.inode, file.size, file.mtime_ns)

@@ -426,6 +426,8 @@ async def test_links_and_strange_names_are_told_once_and_never_followed(tmp_path
             Ignored("\\udcff.pt", "is not valid UTF-8"),
             Ignored("a\\nb.pt", "has a control character"),
             Ignored("dangling.pt", "is a symlink"),
+            Ignored("directory", "is a symlink to a directory, and is not followed"),
+            Ignored("fifo.pt", "is no regular file"),
             Ignored("link.pt", "is a symlink"),
             Ignored("loop.pt", "is a symlink"),
         ]

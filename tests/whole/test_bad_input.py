@@ -258,14 +258,14 @@ def test_a_bucket_that_refuses_us_keeps_it_not_ready_and_is_named_with_the_mend(
         assert len(held) == 1
 
 
-@pytest.mark.xfail(reason="before ready nothing caught is judged or pinned, so the book does not know of it")
 def test_what_is_saved_before_ready_counts_as_not_durable(watch: Path) -> None:
     """In the queue, in the lag, and at the end: exit code 3, and its name."""
     with daemon(watch, Target(NOWHERE, "bucket"), "--drain-timeout", "0") as it:
         it.wait_not_ready()
         save(watch / "good.pt", archive())
         wait_held(it, "good.pt")
-        assert [each["name"] for each in it.status()["queue"]] == ["good.pt"]
+        it.until(lambda: [each["name"] for each in it.status()["queue"]] == ["good.pt"])
+        assert it.status()["lag_seconds"] > 0
         assert it.stop() == 3
         assert it.events("drained")[0]["left"] == ["good.pt"]
 
@@ -362,7 +362,10 @@ def seeded(watch: Path, target: Target, *names: str) -> dict[str, bytes]:
 def test_an_endpoint_that_is_down_at_first_is_not_taken_for_an_empty_bucket(
     tmp_path: Path, watch: Path, target: Target
 ) -> None:
-    """Not ready until it comes up; then the newest checkpoint is restored, and what was saved is durable."""
+    """Not ready until it comes up; then the newest checkpoint is restored, and what was saved is durable.
+
+    As history: whoever saves before the restore has not begun from the newest.
+    """
     bodies = seeded(tmp_path / "earlier", target, "old.pt", "new.pt")
     port = free_port()
     away = Target(f"http://127.0.0.1:{port}", target.bucket)
@@ -380,7 +383,7 @@ def test_an_endpoint_that_is_down_at_first_is_not_taken_for_an_empty_bucket(
             assert it.stop() == 0
         assert [each["outcome"] for each in it.events("restored")] == ["restored"]
         assert (watch / "new.pt").read_bytes() == bodies["new.pt"]
-        assert target.listed() == ["good.pt", "new.pt", "old.pt"]
+        assert target.listed() == ["new.pt", "old.pt", "good.pt"]
 
 
 # --- latest.json ---------------------------------------------------------------------------------------
@@ -471,7 +474,6 @@ def test_a_manifest_of_a_newer_version_is_left_alone(tmp_path: Path, watch: Path
     assert target.read("new.pt") == bodies["new.pt"]
 
 
-@pytest.mark.xfail(reason="UnknownSchema names neither the object nor a mend")
 @ON_ONE
 def test_a_manifest_of_a_newer_version_is_named_with_its_mend(
     tmp_path: Path, watch: Path, target: Target
@@ -548,7 +550,6 @@ def test_a_spools_record_that_cannot_be_read_is_made_anew(watch: Path, target: T
         assert it.stop() == 0
 
 
-@pytest.mark.xfail(reason="RecursionError is none of the errors that Spool and Known foresee")
 @ON_ONE
 @pytest.mark.parametrize("name", ["spool.json", "known.jsonl", "pins/{}.json"])
 def test_json_that_is_nested_without_end_is_no_more_than_garbage(
@@ -563,7 +564,6 @@ def test_json_that_is_nested_without_end_is_no_more_than_garbage(
         assert it.stop() == 0
 
 
-@pytest.mark.xfail(reason="Spool._read_entry lets OverflowError through")
 @ON_ONE
 def test_a_pins_entry_with_a_number_that_is_none_is_no_more_than_garbage(watch: Path, target: Target) -> None:
     """Python's parser takes 1e999 for infinity, of which there is no whole number."""
@@ -655,16 +655,15 @@ def test_our_own_names_are_never_shadowed(watch: Path, target: Target) -> None:
         save(watch / "latest.json", b'{"schema": 1}')
         save(watch / HOME / "planted.pt", archive())
         save(watch / HOME / "pins/planted.pt", archive())
-        save(watch / "deeper/latest.json", b"a file like any other")
-        said = it.wait_said("ignored", name="latest.json")
-        assert said["reason"] == "is one of ckpt-sidecar's own names"
+        save(watch / "deeper/latest.json", b"another job's, should its prefix be so")
+        for name in ("latest.json", "deeper/latest.json"):
+            assert it.wait_said("ignored", name=name)["reason"] == "is one of ckpt-sidecar's own names"
         goes_on(it, "good.bin")
-        it.wait_durable("deeper/latest.json")
         it.wait_rescans(2)
-        assert len(it.events("ignored")) == 1
+        assert len(it.events("ignored")) == 2
         assert it.stop() == 0
-    assert target.names() == {"good.bin", "deeper/latest.json"}
-    assert sorted(target.listed()) == ["deeper/latest.json", "good.bin"]
+    assert target.names() == {"good.bin"}
+    assert target.listed() == ["good.bin"]
 
 
 # --- files ---------------------------------------------------------------------------------------------
@@ -789,7 +788,6 @@ def test_symlinks_are_never_followed_and_said_once(tmp_path: Path, watch: Path, 
     assert all((watch / name).is_symlink() for name in links)
 
 
-@pytest.mark.xfail(reason="a symlink is told only where its own name matches a pattern")
 @ON_ONE
 def test_a_symlinked_directory_is_not_entered_and_said(tmp_path: Path, watch: Path, target: Target) -> None:
     """Its checkpoints would else be missed in silence."""
@@ -826,7 +824,6 @@ def test_what_is_no_file_is_passed_over_without_a_hang(watch: Path, target: Targ
     assert target.names() == {"good.pt", "directory.pt/inside.pt"}
 
 
-@pytest.mark.xfail(reason="walk() and Inbox.heard() drop what is no file without a word")
 @ON_ONE
 def test_what_is_no_file_is_said_once(watch: Path, target: Target) -> None:
     """By its name: it is called like a checkpoint, and none will be had of it."""
@@ -864,7 +861,6 @@ def test_a_file_that_may_not_be_read_is_said_with_the_mend_and_taken_once_it_may
         assert it.stop() == 0
 
 
-@pytest.mark.xfail(reason="Watcher._decide tells no hint")
 @WITHOUT_POWER
 @ON_ONE
 def test_a_file_that_may_not_be_read_is_said_with_its_mend(watch: Path, target: Target) -> None:
@@ -876,9 +872,6 @@ def test_a_file_that_may_not_be_read_is_said_with_its_mend(watch: Path, target: 
         assert MEND_RIGHTS in failed["hint"] + failed["error"]
 
 
-@pytest.mark.xfail(
-    reason="it is let go, caught anew at the next listing, and counted as missed by the events"
-)
 @WITHOUT_POWER
 @ON_ONE
 def test_a_file_that_may_not_be_read_is_no_event_that_was_missed(watch: Path, target: Target) -> None:
@@ -892,7 +885,6 @@ def test_a_file_that_may_not_be_read_is_no_event_that_was_missed(watch: Path, ta
         assert it.events("rescanned") == []
 
 
-@pytest.mark.xfail(reason="Spool._catch_by_descriptor hides why it could not be opened")
 @WITHOUT_POWER
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 @ON_ONE
@@ -988,18 +980,18 @@ TOO_LARGE = 49 * 1024**4
 
 @ON_ONE
 def test_a_file_larger_than_s3_can_hold_is_refused_and_not_read_through(roomy: Path, target: Target) -> None:
-    """It is named with both sizes; the others are served; at the end it is what is not durable."""
+    """It is named with both sizes and the mend, as what can never be uploaded; the others are served."""
     watch = roomy / "ckpt"
     with daemon(watch, target, "--drain-timeout", "2") as it:
         it.wait_ready()
         (watch / "huge.tmp").write_bytes(b"weights")
         os.truncate(watch / "huge.tmp", TOO_LARGE)
         (watch / "huge.tmp").rename(watch / "huge.pt")
-        failed = it.wait_said("failed", stage="upload", what="huge.pt", reason="refused")
-        assert f"{TOO_LARGE} bytes are more than S3 can hold in one object" in failed["error"]
+        torn = it.wait_said("torn", name="huge.pt")
+        assert f"has {TOO_LARGE} bytes, more than the" in torn["reason"]
+        assert "shards" in torn["reason"]
         goes_on(it)
         assert target.names() == {"good.pt"}
         assert it.metrics()["process_cpu_seconds_total"] < 20
-        assert it.stop() == 3
-        assert it.events("drained")[0]["left"] == ["huge.pt"]
+        assert it.stop() == 0
     assert json.loads(target.read("latest.json") or b"")["uploads"] == []
