@@ -215,7 +215,7 @@ async def _restore(settings: Settings, spool: Spool, tell: Tell) -> tuple[Exit, 
         restorer = Restorer(
             bucket,
             landing,
-            remember=spool.known.settled,
+            known=spool.known,
             workers=settings.workers,
             part_bytes=PART_BYTES,
             flaw_of=flaw_of,

@@ -79,6 +79,12 @@ class Known:
         if id_ is not None:
             self._durable[file.name] = id_
 
+    def restored(self, file: File, id_: Id) -> None:
+        """The file is in the bucket under that id, and is what stands, or is about to, under its name."""
+        with self._mutex:
+            self.taken(file)
+            self.settled(file, id_)
+
     def forget(self, file: File) -> None:
         """Should the file still stand there, it is to be taken up again."""
         with self._mutex:

@@ -37,10 +37,14 @@ class Incoming:
         """What has arrived, for a look at its format."""
         return self._path.open("rb")
 
-    def place(self, name: str, mtime_ns: int) -> File:
-        """Put the file under its final name, whole and durable; FileExistsError when one stands there."""
-        target = self._root / name
+    def seal(self, name: str, mtime_ns: int) -> File:
+        """Make the bytes durable and set their time; return the file as it will be under that name."""
         self._disk.finish(self._descriptor, mtime_ns)
+        return file_of(name, os.fstat(self._descriptor))
+
+    def place(self, name: str) -> None:
+        """Put the sealed file under its final name; FileExistsError when one stands there."""
+        target = self._root / name
         try:
             self._disk.make_dir(target.parent, mode=0o755)
         except FileExistsError as error:  # not to be mistaken for a file at the very name
@@ -54,7 +58,6 @@ class Incoming:
                 raise FileExistsError(target) from None
             self._disk.rename(self._path, target)
         self._disk.sync_dir(target.parent)
-        return file_of(name, target.stat())
 
     def __enter__(self) -> Self:
         return self

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from ckpt_sidecar.bucket import (
     Bucket,
@@ -50,6 +50,16 @@ class NothingRestored(Exception):
     """The bucket holds checkpoints, and none of them could be restored."""
 
 
+class Remembering(Protocol):
+    """Who knows which files of the watch dir are durable; from any thread."""
+
+    def restored(self, file: File, id_: Id) -> None:
+        """The file is in the bucket under that id: it is not to be uploaded again."""
+
+    def forget(self, file: File) -> None:
+        """It does not stand there after all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What the restore came to. `word`: restored, kept or empty; `adopted` is to be committed."""
@@ -68,7 +78,7 @@ class Restorer:
         bucket: Bucket,
         landing: Landing,
         *,
-        remember: Callable[[File, Id], None],
+        known: Remembering,
         workers: int,
         part_bytes: int,
         flaw_of: Callable[[BinaryIO, str], str | None],
@@ -77,7 +87,7 @@ class Restorer:
     ) -> None:
         self._bucket = bucket
         self._landing = landing
-        self._remember = remember
+        self._known = known
         self._workers = workers
         self._part_bytes = part_bytes
         self._flaw_of = flaw_of
@@ -155,7 +165,7 @@ class Restorer:
         except OSError:
             return False
         if same:
-            self._remember(file, entry.id)
+            self._known.restored(file, entry.id)
         return same
 
     async def _fetch(self, entry: Entry) -> Outcome | None:
@@ -178,11 +188,15 @@ class Restorer:
         """Put the file in place; None when the trainer has written that name meanwhile: its file stays."""
         if before is not None and self._landing.look(entry.name) == before:
             self._landing.aside(entry.name)
+        file = incoming.seal(entry.name, entry.saved_at)
+        self._known.restored(file, entry.id)  # before the watcher can see it
         try:
-            file = incoming.place(entry.name, entry.saved_at)
-        except FileExistsError:
-            return None
-        self._remember(file, entry.id)
+            incoming.place(entry.name)
+        except OSError as error:
+            self._known.forget(file)
+            if isinstance(error, FileExistsError):
+                return None
+            raise
         return self._landing.root / entry.name
 
     async def _locate(self, entry: Entry) -> tuple[ObjectRef, Entry]:

@@ -217,7 +217,7 @@ class Sidecar:
         restorer = Restorer(
             self._world.bucket,
             self._landing,
-            remember=self._spool.known.settled,
+            known=self._spool.known,
             workers=self._settings.workers,
             part_bytes=PART_BYTES,
             flaw_of=flaw_of,

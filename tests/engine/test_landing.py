@@ -33,7 +33,9 @@ def land(landing: Landing, name: str, content: bytes) -> File:
     """Restore some bytes."""
     with landing.incoming(len(content)) as incoming:
         incoming.write_at(0, memoryview(content))
-        return incoming.place(name, BORN)
+        file = incoming.seal(name, BORN)
+        incoming.place(name)
+        return file
 
 
 def test_a_file_lands_whole_with_its_time(landing: Landing) -> None:

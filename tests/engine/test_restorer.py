@@ -23,6 +23,18 @@ from tests.fakes import MemoryBucket
 PART = 4  # bytes: so that small contents come in several parts
 
 
+class Remembered(dict[File, Id]):
+    """Which files of the watch dir are durable."""
+
+    def restored(self, file: File, id_: Id) -> None:
+        """Know it."""
+        self[file] = id_
+
+    def forget(self, file: File) -> None:
+        """Know it no more."""
+        del self[file]
+
+
 class Rig:
     """A bucket with checkpoints in it, a watch dir, and what came of a restore."""
 
@@ -33,7 +45,7 @@ class Rig:
         self.bucket = Steps(self.memory)
         self.disk = Hurt()
         self.told = Told()
-        self.known: dict[File, Id] = {}
+        self.known = Remembered()
         self.ledger: Ledger = ledger_of(self.memory, Told())
         self.landing = Landing(root, self.disk)
 
@@ -61,7 +73,7 @@ class Rig:
         restorer = Restorer(
             self.bucket,
             self.landing,
-            remember=self.known.__setitem__,
+            known=self.known,
             workers=workers,
             part_bytes=PART,
             flaw_of=flaw_of,
@@ -486,3 +498,27 @@ async def test_a_restore_that_is_given_up_leaves_nothing_behind(rig: Rig) -> Non
     assert restoring.cancelled()
     assert rig.files() == {}
     assert rig.hidden("incoming") == []
+
+
+async def test_a_file_is_known_before_it_can_be_seen(rig: Rig) -> None:
+    """Else a watcher would take the restored file for a new checkpoint."""
+    await rig.commit(1, "x.pt")
+    seen: list[dict[File, Id]] = []
+
+    class Looking(Hurt):
+        def link(self, source: Path, target: Path) -> None:
+            seen.append(dict(rig.known))
+            super().link(source, target)
+
+    rig.landing = Landing(rig.root, Looking())
+    await rig.restore()
+    assert [[file.name for file in each] for each in seen] == [["x.pt"]]
+
+
+async def test_a_file_that_could_not_be_placed_is_not_known(rig: Rig) -> None:
+    """The next one that is restored, or saved, under that name is another."""
+    await rig.commit(1, "x.pt")
+    rig.disk.refuse = {"link": OSError(5, "EIO"), "rename": OSError(5, "EIO")}
+    with pytest.raises(NothingRestored):
+        await rig.restore()
+    assert rig.known == {}

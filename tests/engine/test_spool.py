@@ -745,3 +745,14 @@ def test_the_bytes_that_only_the_spool_keeps_are_counted(tmp_path: Path) -> None
     spool.release(pinned, durable_as=None)
     assert spool.held_bytes() == 110
     spool.close()
+
+
+def test_a_restored_file_takes_the_place_of_what_was_known_by_its_name(tmp_path: Path) -> None:
+    """An older save of the name was here before; the new one is not to be uploaded again."""
+    spool = opened_spool(tmp_path)
+    older, newer = File("last.pt", 3, 1), File("last.pt", 4, 2)
+    spool.known.settled(older, Id(1, 1))
+    spool.known.restored(newer, Id(1, 2))
+    assert (spool.known.is_known(older), spool.known.is_known(newer)) == (False, True)
+    assert spool.known.durable_files() == {Id(1, 2): newer}
+    spool.close()

@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from urllib3.exceptions import ProtocolError
+
 from tests.conftest import SERVERS, admin, create_bucket
 
 T = TypeVar("T")
@@ -71,14 +73,20 @@ class Target:
         return cls(endpoint, create_bucket(endpoint))
 
     def read(self, name: str) -> bytes | None:
-        """Return the bytes of the object of that name; None when there is none."""
+        """Return the bytes of the object of that name; None when there is none.
+
+        rclone's server cuts an answer off while the object is replaced: that is no answer, and asked again.
+        """
         client = admin(self.endpoint)
-        try:
-            answer = client.get_object(Bucket=self.bucket, Key=self.prefix + name)
-        except (client.exceptions.NoSuchKey, client.exceptions.NoSuchBucket):
-            return None
-        body: bytes = answer["Body"].read()
-        return body
+        for _ in range(5):
+            with suppress(ProtocolError):
+                try:
+                    answer = client.get_object(Bucket=self.bucket, Key=self.prefix + name)
+                except (client.exceptions.NoSuchKey, client.exceptions.NoSuchBucket):
+                    return None
+                body: bytes = answer["Body"].read()
+                return body
+        raise AssertionError(f"{name} is never whole")
 
     def write(self, name: str, body: bytes) -> None:
         """Write an object as a stranger would."""
