@@ -106,6 +106,8 @@ def _spool(settings: Settings, tell: Tell) -> Iterator[Spool]:
 
 def run_daemon(settings: Settings, command: Sequence[str]) -> End:
     """Run one sidecar's life, around `command` if there is one; return how it ended."""
+    for number in STOPS:  # until the loop takes them; PID 1 would not even notice
+        signal.signal(number, _stopped_early)
     log = _start_log(settings)
     book = Book()
     readers: list[Tell] = [_with_progress(log.tell)]
@@ -122,6 +124,10 @@ def run_daemon(settings: Settings, command: Sequence[str]) -> End:
             if isinstance(error, CannotRun | CannotListen):
                 raise click.ClickException(str(error)) from None
             raise
+
+
+def _stopped_early(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 async def _daemon(

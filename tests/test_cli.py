@@ -692,6 +692,30 @@ def test_a_trainer_is_not_started_before_its_checkpoint_is_there(tmp_path: Path,
     assert not started.exists()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a PID namespace")
+def test_pid_1_hears_a_stop_from_its_first_moments(tmp_path: Path, closed: int) -> None:
+    """In a container of its own the kernel drops a signal that nobody has asked for."""
+    unshared = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if subprocess.run([*unshared, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("no PID namespace to be had here")
+    watch = tmp_path / "ckpt"
+    words = ["--watch", str(watch), "--bucket", "models", "--endpoint-url", f"http://127.0.0.1:{closed}"]
+    command = [*unshared, sys.executable, "-m", "ckpt_sidecar", *words, "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            record, deadline = watch / ".ckpt-sidecar/spool.json", time.monotonic() + SECONDS
+            while not record.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGTERM)
+            _, error = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
+    assert process.returncode in (0, 128 + signal.SIGTERM)
+    assert "Traceback" not in error
+
+
 def test_a_stop_when_there_is_nothing_to_send_is_a_good_end(tmp_path: Path, closed: int) -> None:
     """Nothing is at risk: exit code 0, at once; why it ended goes to the pod's termination message."""
     message = tmp_path / "termination-log"
