@@ -313,7 +313,7 @@ class Sidecar:
         """
         if self._taking is not None:
             self._taking.cancel()
-        self._watcher.close()  # what nobody will send must not fill the trainer's disk
+        await asyncio.to_thread(self._watcher.close)  # what nobody will send must not fill the trainer's disk
         self._world.tell(NotReady(str(fenced)))
         if child is None:
             await self.stop.wait()

@@ -481,7 +481,7 @@ async def test_an_object_that_was_not_committed_is_adopted(tmp_path: Path, memor
 async def test_who_is_fenced_in_the_middle_holds_until_it_is_stopped(
     tmp_path: Path, memory: MemoryBucket
 ) -> None:
-    """It stays alive and harmless, keeps its pins, says so, and exits with 4 when told to."""
+    """It stays alive and harmless, keeps its pins, holds nothing more, and exits with 4 when told to."""
     async with living(tmp_path / "a", memory) as life:
         await life.ready()
         await life.save("1.pt", at=1)
@@ -494,8 +494,11 @@ async def test_who_is_fenced_in_the_middle_holds_until_it_is_stopped(
         assert life.running is not None
         assert not life.running.done()
         assert [each.generation for each in life.told.of(Fenced)] == [2]
+        save(life.root, "3.pt", b"of the zombie", at=3)
         end = await life.stop()
         assert end.code == Exit.FENCED
+        assert life.files().keys() == {"1.pt", "2.pt", "3.pt"}
+        assert list((life.spool.home / "caught").rglob("3.pt")) == []
         assert "generation 2 is held by node-b" in end.reason
         assert life.pins == ["2.pt"]
         assert {key: each for key, each in memory.objects.items() if key in before} == before
