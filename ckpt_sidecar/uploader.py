@@ -241,11 +241,13 @@ class Uploader:
     async def _in_parts(self, job: _Job, when: Condition) -> Checkpoint:
         layout = spans(job.size, part_bytes_for(job.size, self._part_bytes))
         for _ in range(LOOKS):
-            upload, have = await self._begin(job, layout)
             try:
+                upload, have = await self._begin(job, layout)
                 parts = await self._send(job, upload, layout, have=have)
                 return await self._complete(job, upload, parts, when=when)
             except (Missing, Corrupt) as error:  # the upload is gone, or its parts are not what we sent
+                if error.reason == "bucket":
+                    raise
                 lost = error
             found = await self._look(job)
             if not isinstance(found, Absent | Unchanged):
@@ -255,12 +257,13 @@ class Uploader:
         raise lost
 
     async def _begin(self, job: _Job, layout: Sequence[Span]) -> tuple[Upload, dict[int, Part]]:
-        """The upload to go on with, and the parts that it has already."""
+        """The upload to go on with, and the parts that it has already; Missing when it is gone.
+
+        It may have been completed: then no part is sent, which moto would answer with 500 for ever.
+        """
         if isinstance(job.checkpoint.state, Uploading):
             upload = Upload(job.key, job.checkpoint.state.upload_ids[0] or "")
-            with suppress(Missing):
-                return upload, await self._agreeing(job, upload, layout)
-            return upload, {}
+            return upload, await self._agreeing(job, upload, layout)
         await self._clear_doubt(job)
         self._doubtful.add(job.key)  # until its id is written down
         upload_id = await self._bucket.create_multipart(job.key, metadata=job.metadata)

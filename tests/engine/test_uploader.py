@@ -213,6 +213,7 @@ async def test_an_upload_that_was_completed_is_not_sent_again(rig: Rig) -> None:
     rig.bucket.fail("head", Unreachable("no route"))
     begun = await rig.cut(rig.pin())
     rig.told.clear()
+    rig.bucket.fail("part", Unreachable("500", reason="server"), times=10**9)  # as moto answers, for ever
     stored = await rig.upload(begun)
     assert ref_of(stored) == rig.memory.objects["job/x.pt"].ref
     assert rig.told.of(Progress) == []
@@ -381,6 +382,21 @@ async def test_an_upload_that_vanishes_is_begun_anew(rig: Rig, passing: int) -> 
     assert rig.memory.uploads == {}
     (upload,) = manifest_in(rig.memory).uploads
     assert upload.id == Id(1, 1)  # the commit takes it out
+
+
+async def test_an_upload_that_vanishes_on_a_store_that_does_not_say_so_is_begun_anew(rig: Rig) -> None:
+    """Its parts are answered with 500: the next time they are asked for, and it is found to be gone."""
+
+    async def abort() -> None:
+        (upload_id,) = rig.memory.uploads
+        await rig.memory.abort_multipart(Upload("job/x.pt", upload_id))
+        raise Unreachable("500", reason="server")
+
+    rig.bucket.on("part", before=abort, passing=1)
+    begun = await rig.cut(rig.pin())
+    await rig.upload(begun)
+    assert rig.body() == LARGE
+    assert rig.memory.uploads == {}
 
 
 async def test_an_upload_that_vanished_meanwhile_is_begun_anew(rig: Rig) -> None:
