@@ -21,6 +21,7 @@ SERVERS = {
     if (name := f"S3_ENDPOINT_{kind.upper()}") in os.environ
 }
 ON_S3 = [pytest.param(kind, marks=pytest.mark.s3) for kind in SERVERS]
+ON_ONE = pytest.mark.parametrize("s3_endpoint", ON_S3[:1], indirect=True)  # what no store has a part in
 
 
 @pytest.fixture(autouse=True)

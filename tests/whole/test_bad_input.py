@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.conftest import ON_S3, SERVERS, admin
+from tests.conftest import ON_ONE, SERVERS, admin
 from tests.whole.running import HOME, Daemon, Target, daemon, powerless, save, until
 
 HOUR = 3600.0
 NOWHERE = "http://127.0.0.1:9"  # the discard service: nobody listens
-ON_ONE = pytest.mark.parametrize("s3_endpoint", ON_S3[:1], indirect=True)  # what no store has a part in
 WITHOUT_POWER = pytest.mark.skipif(powerless() is None, reason="root's power cannot be dropped here")
 MEND_RIGHTS = "run the sidecar as the trainer's user"
 

@@ -20,7 +20,7 @@ import pytest
 
 from ckpt_sidecar.answers import PERMISSIONS
 from ckpt_sidecar.settings import Settings
-from tests.conftest import SERVERS, admin, create_bucket
+from tests.conftest import ON_ONE, SERVERS, admin, create_bucket
 
 yaml: Any = pytest.importorskip("yaml")
 pytest.importorskip("torch")
@@ -260,6 +260,7 @@ def durable(given: dict[str, str]) -> list[str]:
     return [each["name"] for each in json.load(found["Body"])["checkpoints"]]
 
 
+@ON_ONE
 def test_a_job_that_runs_through_leaves_all_its_checkpoints_durable(
     tmp_path: Path, given: dict[str, str]
 ) -> None:
@@ -282,6 +283,7 @@ def test_a_job_that_runs_through_leaves_all_its_checkpoints_durable(
         assert len(durable(given)) == SAVES
 
 
+@ON_ONE
 def test_a_pod_that_is_evicted_loses_no_save_and_the_next_one_goes_on_from_the_last(
     tmp_path: Path, given: dict[str, str]
 ) -> None:

@@ -467,7 +467,7 @@ def test_disk_and_bucket_stay_bounded(tmp_path: Path, target: Target) -> None:
 @pytest.mark.timeout(300)
 def test_a_large_checkpoint_goes_up_and_comes_back_in_little_memory(tmp_path: Path, target: Target) -> None:
     """3 GiB where the store is quick (Ceph), less where it is a toy: byte for byte, under 160 MiB of RSS."""
-    size = 3 * GIB if target.endpoint == SERVERS.get("ceph") else GIB // 4
+    size = 3 * GIB if target.endpoint == SERVERS.get("ceph") else GIB // 8
     first, second = tmp_path / "node-a", tmp_path / "node-b"
     block = noise(MIB)
     with daemon(first, target, "--attempt", "a") as sidecar:
