@@ -138,7 +138,7 @@ class Sidecar:
         """Claim, restore, work and drain, while whatever is saved is pinned."""
         try:
             if not await self._unless_stopped(self._prepare()):
-                await asyncio.wait({taking}, timeout=self._settings.drain_timeout + self._settings.settle)
+                await self._last_look(taking)
                 end = self._end()
                 return End((child.stopped if child else 0) or end.code, end.reason)
         except FencedOff as fenced:
@@ -151,6 +151,15 @@ class Sidecar:
             training = beside.create_task(self._train(child), name="child")
             end = await self._work_or_hold()
         return End(training.result() or end.code, end.reason)
+
+    async def _last_look(self, taking: asyncio.Task[None]) -> None:
+        """Let what was saved be pinned, for the next life; not longer than a drain, or until hurried."""
+        hurried = asyncio.ensure_future(self.hurry.wait())
+        try:
+            ends, longest = {taking, hurried}, self._settings.drain_timeout + self._settings.settle
+            await asyncio.wait(ends, timeout=longest, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hurried.cancel()
 
     async def _train(self, child: Child) -> int:
         try:
