@@ -29,7 +29,6 @@ def runner() -> Iterator[asyncio.Runner]:
     """One event loop for each test and its fixtures; nothing may be left on it."""
     with asyncio.Runner() as runner:
         yield runner
-        runner.run(asyncio.sleep(0.01))  # a transport that was closed lets go of its socket a moment later
 
 
 @pytest.hookimpl(tryfirst=True)

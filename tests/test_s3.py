@@ -280,9 +280,10 @@ async def store(answer: Answer, **more: Any) -> AsyncIterator[tuple[S3Bucket, St
         port = server.sockets[0].getsockname()[1]
         async with opened("store", f"http://127.0.0.1:{port}", serving.told.append, **more) as bucket:
             yield bucket, serving
-        server.close()
-        while others := asyncio.all_tasks() - {asyncio.current_task()}:  # connections, also one just begun
+        # First the connections, also one just begun: asyncio loses an accepted socket of a closed server.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.gather(*others)
+        server.close()
 
 
 def saying(status: str, body: bytes = b"", **headers: object) -> Answer:
