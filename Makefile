@@ -10,7 +10,7 @@ SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check lock clean
+.PHONY: help install demo test prove check lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand --tabs=10
@@ -31,7 +31,10 @@ demo: install ## a training job that is killed and resumes, all on this machine
 	$(VENV)/bin/python examples/demo.py
 
 test: install ## the tests, against real S3 servers that need no root
-	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto,localstack $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto,localstack $(VENV)/bin/python -m pytest -m 'not long' $(PYTEST_ARGS)
+
+prove: install ## the tests that take longer: every crash point, every interleaving, storms
+	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python -m pytest -m long $(PYTEST_ARGS)
 
 check: install $(CACHE)/lint/installed ## format, lint, types and schemas
 	$(VENV)/bin/ruff format --check
