@@ -31,6 +31,7 @@ from ckpt_sidecar.log import Log, configure, default_stream, on_terminal
 from ckpt_sidecar.manifest import Holder
 from ckpt_sidecar.metrics import Metrics
 from ckpt_sidecar.names import MANIFEST_NAME
+from ckpt_sidecar.notices import endpoint_of, watch_notices
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.restorer import NothingRestored, Restorer
 from ckpt_sidecar.s3 import S3Bucket
@@ -152,11 +153,19 @@ async def _daemon(
         world = World(bucket, _times(), time.monotonic, _me(settings), tell)
         sidecar = Sidecar(settings, world, spool=spool, book=book)
         child = Child(command, grace=settings.drain_timeout) if command else None
-        with _signals(sidecar, child):
-            return await sidecar.run(
-                lambda: serve(host, port, status=status, metrics=metrics, now=time.time, on_bound=bound),
-                child,
+
+        async def web() -> None:
+            await serve(host, port, status=status, metrics=metrics, now=time.time, on_bound=bound)
+
+        async def notices() -> None:
+            endpoint = endpoint_of(os.environ)
+            await watch_notices(
+                endpoint, sleep=asyncio.sleep, wall=time.time, noticed=sidecar.noticed, tell=tell
             )
+
+        beside = [web, notices] if settings.ec2_notices else [web]
+        with _signals(sidecar, child):
+            return await sidecar.run(*beside, child=child)
 
 
 def _reachable(host: str) -> str:

@@ -55,8 +55,8 @@ class Retrying:
 class Failed:
     """Something did not work and was not mended by a retry.
 
-    `stage`: start, watch, pin, upload, commit, restore, retention. `reason` as in BucketError.reason, or
-    "disk". `what` names the thing.
+    `stage`: start, watch, pin, upload, commit, restore, retention, notices.
+    `reason` as in BucketError.reason, or "disk". `what` names the thing.
     """
 
     stage: str
@@ -221,6 +221,25 @@ class Deleted:
 
 
 @dataclass(frozen=True, slots=True)
+class Interruption:
+    """The cloud has told that it will take the node away ("spot"), or is likely to ("rebalance").
+
+    `action`: terminate, stop or hibernate; `due`: when, as the cloud writes it; "" where it does not say.
+    `seen`: when we were told, in seconds since the epoch.
+    """
+
+    kind: str
+    action: str
+    due: str
+    seen: float
+
+    @property
+    def note(self) -> dict[str, str]:
+        """What the trainer and the status page are told."""
+        return {"kind": self.kind, "action": self.action, "due": self.due}
+
+
+@dataclass(frozen=True, slots=True)
 class Draining:
     """A stop was asked for; what can be made durable within `deadline` seconds will be."""
 
@@ -259,6 +278,7 @@ Event = (
     | WatchLost
     | PinnedByDescriptor
     | Deleted
+    | Interruption
     | Draining
     | Drained
 )

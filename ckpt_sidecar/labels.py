@@ -19,7 +19,7 @@ LABELS: Mapping[str, tuple[str, ...]] = {
         "clock",
         "other",
     ),
-    "stage": ("start", "watch", "pin", "upload", "commit", "restore", "retention", "other"),
+    "stage": ("start", "watch", "pin", "upload", "commit", "restore", "retention", "notices", "other"),
     "failure_reason": (
         "missing",
         "conflict",

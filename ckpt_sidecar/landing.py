@@ -13,7 +13,7 @@ from typing import BinaryIO, Self
 
 from ckpt_sidecar.checkpoint import File
 from ckpt_sidecar.disk import Disk, file_of
-from ckpt_sidecar.names import HOME, flaw_of_name
+from ckpt_sidecar.names import HOME, NOTICE_NAME, flaw_of_name
 
 
 class NoRoom(Exception):
@@ -109,6 +109,14 @@ class Landing:
             return False
         self._disk.unlink(self.root / file.name)
         return True
+
+    def notice(self, text: str | None) -> None:
+        """Leave the trainer a note of an interruption that is near, or take away an old one (None)."""
+        path = self.root / NOTICE_NAME
+        if text is None:
+            self._disk.unlink(path)
+        else:
+            self._disk.write_file(path, text.encode(), sync=False)
 
     def look(self, name: str) -> File | None:
         """What stands at `name` now; None when nothing does."""

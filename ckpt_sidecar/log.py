@@ -21,6 +21,7 @@ from ckpt_sidecar.events import (
     FellBack,
     Fenced,
     Ignored,
+    Interruption,
     Moved,
     NotReady,
     PinnedByDescriptor,
@@ -48,6 +49,7 @@ WARNINGS = (
     Replacing,
     Rebuilt,
     NotReady,
+    Interruption,
 )
 ERRORS = (Failed, Fenced, FellBack)
 

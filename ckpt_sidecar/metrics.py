@@ -39,6 +39,7 @@ from ckpt_sidecar.events import (
     Failed,
     FellBack,
     Fenced,
+    Interruption,
     Moved,
     NotReady,
     Probed,
@@ -164,6 +165,10 @@ class Metrics:
         self.fenced = self._gauge("fenced", "1 when another sidecar holds the prefix: nothing is uploaded.")
         self.ready = self._gauge("ready", "1 when a trainer that starts now finds the newest checkpoint.")
         self.draining = self._gauge("draining", "1 while the sidecar makes the last checkpoints durable.")
+        self.interruption = self._gauge(
+            "interruption_notice_timestamp_seconds",
+            "When a spot or rebalance notice was last seen; 0 when none was.",
+        )
         self.restores = self._counter("restores", "How restores ended.", ["outcome"])
         _all(self.restores, "restore_outcome")
         self.restore_seconds = self._gauge("restore_duration_seconds", "How long the last restore took.")
@@ -233,10 +238,10 @@ class Metrics:
                 self.missed.inc(event.missed)
                 self.free.set(event.free_bytes)
                 self.held.set(event.held_bytes)
-            case Draining():
-                self.draining.set(1)
-            case Drained():
-                self.draining.set(0)
+            case Interruption():
+                self.interruption.set(event.seen)
+            case Draining() | Drained():
+                self.draining.set(isinstance(event, Draining))
             case _:
                 pass  # said in the log; nothing to count
 

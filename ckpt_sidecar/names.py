@@ -7,6 +7,7 @@ import unicodedata
 
 HOME = ".ckpt-sidecar"  # the spool's directory in the watch dir, and our own keys in the bucket
 MANIFEST_NAME = "latest.json"
+NOTICE_NAME = ".interruption-notice.json"  # in the watch dir, for the trainer; a dotfile: no checkpoint
 MAX_NAME_BYTES = 900  # of the name in UTF-8; S3's 1,024 for a key, less 124 for the prefix
 MAX_PART_OF_NAME_BYTES = 255  # a file system's limit for what stands between two slashes
 
@@ -39,6 +40,9 @@ def flaw_of_name(name: str) -> str | None:
         flaw = "is too long"
     elif any(unicodedata.category(char) == "Cc" for char in name):
         flaw = "has a control character"
-    elif HOME in parts or parts[-1] == MANIFEST_NAME:  # at any depth: another job's prefix may lie there
+    elif HOME in parts or parts[-1] in (
+        MANIFEST_NAME,
+        NOTICE_NAME,
+    ):  # at any depth: another job's prefix may lie there
         flaw = "is one of ckpt-sidecar's own names"
     return flaw

@@ -33,6 +33,7 @@ from ckpt_sidecar.spool import Spool
 from ckpt_sidecar.uploader import Uploader
 from ckpt_sidecar.watcher import Found, Watcher
 
+URGENT_REST = 1.0  # seconds, the longest rest once the node is about to be taken away
 LOCAL_TROUBLE_REST = 5.0  # seconds; a disk that is full or failing is not asked every moment
 
 
@@ -91,9 +92,21 @@ class Pipeline:
         self._tries: dict[Id, int] = {}
         self._began: dict[Id, float] = {}
         self._all_taken_in = False
+        self._urgent = False
         self._woken = asyncio.Event()
         self._retention_due = asyncio.Event()
         self._retaining = asyncio.Lock()
+
+    def hurry(self) -> None:
+        """The node is about to be taken away: the newest alone, now; no long rests, and no retention."""
+        self._urgent = True
+        self._uploader.one_at_a_time()
+        self._end_rests()
+
+    def _end_rests(self) -> None:
+        self._resting.clear()
+        self._tries.clear()
+        self._wake()
 
     def moved(self, checkpoint: Checkpoint) -> None:
         """Note and tell that a checkpoint is in a new state; the effect has happened."""
@@ -139,9 +152,7 @@ class Pipeline:
         async for batch in self._watcher.batches(stop):
             await self.pin(batch)
         self._all_taken_in = True
-        self._resting.clear()  # the drain has no time for a rest
-        self._tries.clear()
-        self._wake()
+        self._end_rests()  # the drain has no time for them
 
     # --- the workers ---
 
@@ -169,6 +180,7 @@ class Pipeline:
             now=self._seconds(),
             keep_remote=self._keep.remote,
             durable=[each.id for each in self._ledger.manifest.checkpoints],
+            alone=self._urgent,
         )
 
     async def _do(self, step: Step) -> None:
@@ -249,7 +261,7 @@ class Pipeline:
         else:
             delay = max(delay, LOCAL_TROUBLE_REST)
             self._tell(Failed("pin", "disk", name, str(error), "look at the watch dir's disk"))
-        self._resting[id_] = self._seconds() + delay
+        self._resting[id_] = self._seconds() + (min(delay, URGENT_REST) if self._urgent else delay)
 
     def _wake(self) -> None:
         self._woken.set()
@@ -270,7 +282,8 @@ class Pipeline:
         while True:
             await self._retention_due.wait()
             self._retention_due.clear()
-            await self.retain_once()
+            if not self._urgent:
+                await self.retain_once()
 
     async def retain_once(self) -> None:
         """Delete what retention lets go now. What is not durable, and the newest, are never let go."""

@@ -75,6 +75,11 @@ class Settings:
         False,  # noqa: FBT003
         "Go on with a store without conditional writes: two sidecars would not notice each other.",
     )
+    ec2_notices: bool = _setting(
+        False,  # noqa: FBT003
+        "Ask EC2's metadata service for spot and rebalance notices; at one, send the newest first and alone, "
+        "and leave WATCH/.interruption-notice.json for the trainer.",
+    )
     log_format: str = _setting("auto", "auto (readable on a terminal, else json), json or console.")
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ process: the journal makes a restart safe, a half-dead daemon is not.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,12 +21,12 @@ from ckpt_sidecar.bucket import PART_BYTES, BucketError, Refused, Upload
 from ckpt_sidecar.checkpoint import Book, Uploading
 from ckpt_sidecar.child import Child
 from ckpt_sidecar.document import UnknownSchema
-from ckpt_sidecar.events import Drained, Draining, Event, Failed, NotReady, Probed, Ready
+from ckpt_sidecar.events import Drained, Draining, Event, Failed, Interruption, NotReady, Probed, Ready
 from ckpt_sidecar.formats import Rules, flaw_of
 from ckpt_sidecar.landing import Landing, NoRoom
 from ckpt_sidecar.ledger import FencedOff, Ledger, Times
 from ckpt_sidecar.manifest import Holder
-from ckpt_sidecar.names import HOME
+from ckpt_sidecar.names import HOME, NOTICE_NAME
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.pipeline import Keep, Pipeline
 from ckpt_sidecar.policy import drain_order, retry_delay
@@ -33,6 +34,9 @@ from ckpt_sidecar.restorer import NothingRestored, Restorer
 from ckpt_sidecar.settings import Settings
 from ckpt_sidecar.spool import Spool
 from ckpt_sidecar.watcher import Watcher
+
+Service = Callable[[], Coroutine[None, None, None]]
+NOTICE_RESCAN_SECONDS = 5.0  # then no save may be found late only because its event was lost
 
 
 class Exit(IntEnum):
@@ -115,15 +119,29 @@ class Sidecar:
             tell=world.tell,
         )
 
-    async def run(self, serve: Callable[[], Coroutine[None, None, None]], child: Child | None = None) -> End:
-        """Live until stopped, or until the child has ended; return how it ended."""
-        async with asyncio.TaskGroup() as services:
-            web = services.create_task(serve(), name="web")
+    async def run(self, *beside: Service, child: Child | None = None) -> End:
+        """Live until stopped, or until the child has ended; `beside` run as long. Return how it ended."""
+        async with asyncio.TaskGroup() as group:
+            services = [group.create_task(each(), name=each.__name__) for each in beside]
             try:
                 return await self._live(child)
             finally:
                 self._watcher.close()
-                web.cancel()
+                for service in services:
+                    service.cancel()
+
+    async def noticed(self, notice: Interruption | None) -> None:
+        """Be told that the node will be taken away: send the newest alone, now. None: it will not."""
+        text = None
+        if notice is not None:
+            self._world.tell(notice)
+            self._pipeline.hurry()
+            self._watcher.hurry(NOTICE_RESCAN_SECONDS)
+            text = json.dumps(notice.note) + "\n"
+        try:
+            await asyncio.to_thread(self._landing.notice, text)
+        except OSError as error:
+            self._world.tell(Failed("notices", "disk", NOTICE_NAME, str(error)))
 
     async def _live(self, child: Child | None) -> End:
         await self._take_up()

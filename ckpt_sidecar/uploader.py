@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import heapq
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Protocol
 
 from ckpt_sidecar.bucket import (
@@ -55,6 +53,7 @@ from ckpt_sidecar.disk import BytesChanged, PinnedFile
 from ckpt_sidecar.events import Event, Failed, Progress, Replacing, UploadAborted
 from ckpt_sidecar.manifest import Announced, described, self_description
 from ckpt_sidecar.patience import together
+from ckpt_sidecar.slots import Slots
 from ckpt_sidecar.spool import Spool
 
 LOOKS = 5  # a key that changes under us this often in a row is somebody else's playground: said, and rested
@@ -71,45 +70,6 @@ class Announcer(Protocol):
 
     async def met(self, id_: Id) -> None:
         """Be told of a greater id at a key: somebody may have claimed the prefix since."""
-
-
-class Slots:
-    """So many parts at a time; of those that wait, the newest checkpoint's go first."""
-
-    def __init__(self, free: int) -> None:
-        self._free = free
-        self._order = count()
-        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
-
-    @asynccontextmanager
-    async def taken(self, id_: Id) -> AsyncIterator[None]:
-        """Hold one slot."""
-        if self._free == 0:
-            await self._wait(id_)
-        else:
-            self._free -= 1
-        try:
-            yield
-        finally:
-            self._pass_on()
-
-    async def _wait(self, id_: Id) -> None:
-        turn = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (-id_.generation, -id_.sequence, next(self._order), turn))
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._pass_on()  # the slot was handed to us as we left
-            raise
-
-    def _pass_on(self) -> None:
-        while self._waiting:
-            turn = heapq.heappop(self._waiting)[-1]
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
 
 
 @dataclass(slots=True)
@@ -160,6 +120,10 @@ class Uploader:
         """An upload of `name` may have been created whose id was never written down."""
         self._doubtful.add(self._prefix + name)
 
+    def one_at_a_time(self) -> None:
+        """From now on no part of an older checkpoint is sent while a newer one is being sent."""
+        self._slots.one_at_a_time()
+
     async def upload(self, checkpoint: Checkpoint, seen: ObjectRef | None) -> Checkpoint:
         """Bring the checkpoint to Stored, Superseded or Changed; each step on the way is told by `moved`.
 
@@ -167,7 +131,7 @@ class Uploader:
         when the pin cannot be read: the checkpoint then is as `moved` told it last.
         """
         when: Condition = Absent() if seen is None else Unchanged(seen.etag)
-        with self._spool.reading(checkpoint, checkpoint.files[0]) as source:
+        with self._spool.reading(checkpoint, checkpoint.files[0]) as source, self._slots.using(checkpoint.id):
             job = _Job(checkpoint, self._prefix + checkpoint.name, source)
             try:
                 source.check()

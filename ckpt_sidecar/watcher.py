@@ -134,6 +134,12 @@ class Watcher:
             self._tree.close()
             self._tree = None
 
+    def hurry(self, rescan_every: float) -> None:
+        """List the tree now, and from now on at least that often (seconds)."""
+        self._rescan_every = min(self._rescan_every, rescan_every)
+        self._next_listing = self._clock()
+        self._inbox.wake.set()
+
     def take_back(self, caught: Caught, *, after: float = 0.0) -> None:
         """Judge a held file anew, `after` so many seconds: its bytes changed, or it could not be taken."""
         now = self._clock()

@@ -14,6 +14,7 @@ from ckpt_sidecar.events import (
     Draining,
     Event,
     Fenced,
+    Interruption,
     Moved,
     NotReady,
     Probed,
@@ -47,10 +48,11 @@ class Status:
         self._generation = 0
         self._abilities: dict[str, bool] = {}
         self._newest: dict[str, Any] | None = None
+        self._interruption: dict[str, str] | None = None
         self._committed = 0
         self._done: dict[str, int] = {}
 
-    def tell(self, event: Event) -> None:  # noqa: C901  (a table, one line for each event)
+    def tell(self, event: Event) -> None:  # noqa: C901, PLR0912  (a table, one line for each event)
         """Take the event in."""
         match event:
             case Moved():
@@ -74,6 +76,8 @@ class Status:
                 self.ready, self.reason = False, event.reason
             case Fenced():
                 self.ready, self._state = False, "fenced"
+            case Interruption():
+                self._interruption = event.note
             case Draining():
                 self._state = "draining"
             case Drained():
@@ -110,6 +114,7 @@ class Status:
             "generation": self._generation,
             "store": self._abilities,
             "newest": self._newest,
+            "interruption": self._interruption,
             "committed": self._committed,
             "lag_seconds": round(self._book.lag(now), 3),
             "queue": [

@@ -117,6 +117,7 @@ def test_what_a_person_should_see_is_a_warning_or_an_error() -> None:
         "torn",
         "ignored",
         "watch_lost",
+        "interruption",
         "pinned_by_descriptor",
         "replacing",
         "rebuilt",

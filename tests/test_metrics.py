@@ -34,6 +34,7 @@ from ckpt_sidecar.events import (
     FellBack,
     Fenced,
     Ignored,
+    Interruption,
     Moved,
     NotReady,
     PinnedByDescriptor,
@@ -106,6 +107,7 @@ EVENTS: tuple[Event, ...] = (
     WatchLost("no inotify"),
     PinnedByDescriptor("step_40.pt", "another file system"),
     Deleted("step_20.pt", "bucket"),
+    Interruption("spot", "terminate", "2026-11-24T08:22:00Z", SAVED + 9),
     Draining(25.0, 1),
     Drained(()),
 )
@@ -229,6 +231,7 @@ def test_what_is_not_sent_is_counted_by_why(state: State) -> None:
         (Claimed(7, "other"), "generation", 7),
         (Fenced(8, "other"), "fenced", 1),
         (Ready(0.5), "ready", 1),
+        (Interruption("rebalance", "", "", SAVED), "interruption_notice_timestamp_seconds", SAVED),
         (Draining(25.0, 1), "draining", 1),
         (Restored("kept", FIRST, "a.pt", 0, 1.5), 'restores_total{outcome="kept"}', 1),
         (Restored("restored", FIRST, "a.pt", 9, 1.5), "restore_duration_seconds", 1.5),

@@ -21,6 +21,7 @@ from ckpt_sidecar.events import (
     Draining,
     Failed,
     Fenced,
+    Interruption,
     Moved,
     NotReady,
     Progress,
@@ -30,6 +31,7 @@ from ckpt_sidecar.events import (
     Retrying,
 )
 from ckpt_sidecar.manifest import self_description
+from ckpt_sidecar.names import NOTICE_NAME
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.settings import Settings
 from ckpt_sidecar.sidecar import End, Exit, Sidecar, World
@@ -87,7 +89,7 @@ class Life:
         async def serve() -> None:
             await asyncio.Event().wait()
 
-        self.running = asyncio.create_task(self.sidecar.run(serve, child))
+        self.running = asyncio.create_task(self.sidecar.run(serve, child=child))
 
     async def ready(self) -> None:
         """Begin to live, and wait until a trainer may start."""
@@ -628,3 +630,75 @@ async def test_a_child_is_not_started_where_nothing_could_be_restored(
         life.start(Child(["sh", "-c", 'touch "$0/started"', str(life.root)], grace=5.0))
         assert (await life.end()).code == Exit.NOTHING_RESTORED
         assert life.files() == {}
+
+
+# --- before the node is taken away --------------------------------------------------------------------
+
+
+@pytest.mark.fault("E14")
+async def test_after_a_notice_the_newest_is_sent_alone(tmp_path: Path, memory: MemoryBucket) -> None:
+    """An older upload pauses between two parts until the newest is durable."""
+    async with living(tmp_path, memory, workers=2) as life:
+        held = [life.steps.hold("part", "old.pt"), life.steps.hold("part", "old.pt")]
+        await life.ready()
+        await life.save("old.pt", LARGE, at=1)
+        await asyncio.gather(*(each.reached.wait() for each in held))
+        await life.sidecar.noticed(Interruption("spot", "terminate", "", 0.0))
+        second = life.steps.hold("part", "newest.pt", passing=1)
+        await life.save("newest.pt", LARGE[: 9 * MIB], at=2)
+        for each in held:
+            each.opened.set()
+        await second.reached.wait()
+        await life.told.until(lambda: [each for each in life.told.of(Progress) if each.name == "newest.pt"])
+        await asyncio.sleep(0.1)  # a slot is free, and the last part of old.pt waits
+        (old,) = [each for each in memory.uploads.values() if each.key == "job/old.pt"]
+        assert len(old.parts) == 2
+        second.opened.set()
+        await life.told.until(life.committed("old.pt"))
+        assert life.fates(Committed) == ["newest.pt", "old.pt"]
+        await life.stop()
+
+
+@pytest.mark.fault("E14")
+async def test_after_a_notice_nothing_older_is_begun(tmp_path: Path, memory: MemoryBucket) -> None:
+    """A free worker stays free: the newest has the whole line."""
+    save(tmp_path, "a.pt", b"a", at=1)
+    save(tmp_path, "newest.pt", LARGE, at=2)
+    async with living(tmp_path, memory, workers=2) as life:
+        complete = life.steps.hold("complete", "newest.pt")
+        await life.sidecar.noticed(Interruption("spot", "terminate", "", 0.0))
+        await life.ready()
+        await complete.reached.wait()
+        assert "job/a.pt" not in memory.objects
+        complete.opened.set()
+        await life.told.until(life.committed("a.pt"))
+        assert life.fates(Committed) == ["newest.pt", "a.pt"]
+        await life.stop()
+
+
+@pytest.mark.fault("E14")
+async def test_after_a_notice_nothing_is_deleted(tmp_path: Path, memory: MemoryBucket) -> None:
+    """Retention would spend the last two minutes on deletes."""
+    async with living(tmp_path, memory, keep_remote=1) as life:
+        await life.ready()
+        await life.save("a.pt", at=1)
+        await life.told.until(life.committed("a.pt"))
+        await life.sidecar.noticed(Interruption("rebalance", "", "", 0.0))
+        await life.save("b.pt", at=2)
+        await life.told.until(life.committed("b.pt"))
+        assert "job/a.pt" in memory.objects
+        await life.stop()
+        assert "job/a.pt" not in memory.objects  # the drain has the time
+
+
+@pytest.mark.fault("E14")
+async def test_a_note_that_cannot_be_left_is_said(tmp_path: Path, memory: MemoryBucket) -> None:
+    """A directory stands in its way: uploads go on."""
+    (tmp_path / NOTICE_NAME).mkdir()
+    async with living(tmp_path, memory) as life:
+        await life.ready()
+        await life.sidecar.noticed(Interruption("spot", "stop", "", 0.0))
+        (failed,) = [each for each in life.told.of(Failed) if each.stage == "notices"]
+        assert failed.what == NOTICE_NAME
+        await life.save("a.pt")
+        assert (await life.stop()).code == Exit.DURABLE

@@ -52,6 +52,7 @@ async def test_status_before_anything_has_happened() -> None:
             "generation": 0,
             "store": {},
             "newest": None,
+            "interruption": None,
             "committed": 0,
             "lag_seconds": 0.0,
             "queue": [],

@@ -3,8 +3,7 @@
 import asyncio
 import errno
 import random
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from ckpt_sidecar.bucket import (
 from ckpt_sidecar.checkpoint import Changed, Checkpoint, Id, Pinned, Stored, Superseded, Uploading, state_name
 from ckpt_sidecar.events import Failed, Progress, Replacing, UploadAborted
 from ckpt_sidecar.manifest import Announced, self_description
-from ckpt_sidecar.uploader import Slots, Uploader
+from ckpt_sidecar.uploader import Uploader
 from tests.engine.support import (
     BORN,
     PREFIX,
@@ -559,80 +558,3 @@ async def test_who_meets_a_save_of_the_next_holder_is_fenced(rig: Rig, content: 
         await rig.upload(checkpoint)
     assert rig.body() == b"newer"
     assert rig.states in ([], ["uploading"])  # nothing has ended: its pin stays
-
-
-# --- slots -------------------------------------------------------------------------------------------
-
-
-class Yard:
-    """Some who want a slot, in the order in which they got one."""
-
-    def __init__(self, free: int) -> None:
-        self.slots = Slots(free)
-        self.order: list[int] = []
-        self.tasks: dict[int, asyncio.Task[None]] = {}
-        self.leave = asyncio.Event()
-
-    async def want(self, *sequences: int) -> None:
-        """Have these want a slot."""
-        for n in sequences:
-            self.tasks[n] = asyncio.create_task(self._hold(n))
-            await asyncio.sleep(0)
-
-    async def _hold(self, n: int) -> None:
-        async with self.slots.taken(Id(1, n)):
-            self.order.append(n)
-            await self.leave.wait()
-
-    async def end(self) -> None:
-        """Let all of them leave, one after the other."""
-        self.leave.set()
-        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
-
-
-@asynccontextmanager
-async def yard(free: int) -> AsyncIterator[Yard]:
-    """Slots, and nobody left at the end: all of them are free again."""
-    made = Yard(free)
-    yield made
-    await made.end()
-    async with asyncio.timeout(5):
-        for _ in range(free):
-            await made.slots.taken(Id(9, 9)).__aenter__()
-
-
-async def test_a_free_slot_goes_to_the_newest() -> None:
-    """Of those that wait the newest checkpoint's part goes first, whoever came first."""
-    async with yard(1) as slots:
-        await slots.want(1, 2, 5, 3, 4)
-    assert slots.order == [1, 5, 4, 3, 2]
-
-
-async def test_so_many_have_a_slot_and_no_more() -> None:
-    """The number of parts in flight is bounded."""
-    async with yard(2) as slots:
-        await slots.want(1, 2, 3, 4)
-        assert slots.order == [1, 2]
-
-
-async def test_a_slot_survives_whoever_gives_up() -> None:
-    """To be cancelled while waiting, or just as the slot was handed over, costs no slot."""
-    async with yard(1) as slots:
-        await slots.want(1, 2, 3)
-        slots.tasks[3].cancel()
-        await asyncio.sleep(0)
-        slots.tasks[1].cancel()
-        await asyncio.sleep(0)
-        slots.tasks[2].cancel()  # the slot is on its way to it
-        await asyncio.wait([slots.tasks[2]])
-        await slots.want(4)
-        assert slots.order[-1] == 4
-
-
-async def test_a_slot_survives_whoever_fails() -> None:
-    """An error inside gives the slot back."""
-    slots = Slots(1)
-    for _ in range(3):
-        with pytest.raises(ValueError, match="inside"):
-            async with slots.taken(Id(1, 1)):
-                raise ValueError("inside")
