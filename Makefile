@@ -10,7 +10,7 @@ SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test prove check lock clean
+.PHONY: help install demo test prove mutants check lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand --tabs=10
@@ -35,6 +35,9 @@ test: install ## the tests, against real S3 servers that need no root
 
 prove: install ## the tests that take longer: every crash point, every interleaving, storms
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python -m pytest -m long $(PYTEST_ARGS)
+
+mutants: install ## break the program on purpose, rule by rule, and see that the tests notice
+	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python tools/mutants
 
 check: install $(CACHE)/lint/installed ## format, lint, types and schemas
 	$(VENV)/bin/ruff format --check

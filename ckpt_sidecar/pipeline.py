@@ -180,7 +180,6 @@ class Pipeline:
             now=self._seconds(),
             keep_remote=self._keep.remote,
             durable=[each.id for each in self._ledger.manifest.checkpoints],
-            alone=self._urgent,
         )
 
     async def _do(self, step: Step) -> None:

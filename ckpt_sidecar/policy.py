@@ -42,7 +42,6 @@ def next_step(
     now: float,
     keep_remote: int = 0,
     durable: Sequence[Id] = (),
-    alone: bool = False,
 ) -> Step | None:
     """Say what a free worker should do next, or None when there is nothing to do now.
 
@@ -50,11 +49,8 @@ def next_step(
     at a time for each name: names in `busy` are being worked on, and a name whose older upload could not be
     ended waits for that. `resting` holds, by id, until when (seconds, monotonic) one that failed is left
     alone. With `keep_remote` a checkpoint that retention would delete as soon as it is committed is not sent
-    at all: `durable` are the ids that the manifest lists. With `alone` nothing is begun to be sent while a
-    newer one is on its way.
+    at all: `durable` are the ids that the manifest lists.
     """
-    waiting = list(waiting)
-    newest = max((each.id for each in waiting if not _rests(each, resting, now)), default=None)
     free = sorted((each for each in waiting if each.name not in busy), key=lambda each: each.id, reverse=True)
     newest_of: dict[str, Checkpoint] = {}
     for each in free:
@@ -65,11 +61,7 @@ def next_step(
             return Skip(each, f"{keep_remote} newer ones are durable, and no more are kept")
     held_up = {each.name for each in free if newest_of[each.name] is not each}
     ready = (
-        each
-        for each in drain_order(free)
-        if each.name not in held_up
-        and not _rests(each, resting, now)
-        and (not alone or each.id == newest or isinstance(each.state, Stored))
+        each for each in drain_order(free) if each.name not in held_up and not _rests(each, resting, now)
     )
     return next((Upload(each) for each in ready), None)
 

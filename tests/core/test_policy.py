@@ -54,16 +54,6 @@ def test_one_that_rests_lets_others_go_first() -> None:
     assert the_next(b, resting={b.id: 0.0}) == Upload(b)
 
 
-def test_alone_the_newest_is_sent_before_anything_older_is_begun() -> None:
-    """Before a node is taken away older ones wait, but not for one that rests, nor for a swap alone."""
-    a, b, c = waiting(1, "a.pt"), waiting(2, "b.pt"), waiting(3, "c.pt")
-    assert the_next(a, b, c, alone=True) == Upload(c)
-    assert the_next(a, b, c, busy=("c.pt",), alone=True) is None
-    assert the_next(a, b, c, resting={c.id: 5.0}, alone=True) == Upload(b)
-    stored = waiting(1, "a.pt", Stored((ObjectRef("a.pt", 1, "e"),)))
-    assert the_next(stored, b, busy=("b.pt",), alone=True) == Upload(stored)
-
-
 def test_what_retention_would_delete_at_once_is_not_sent() -> None:
     """Behind by more than is kept, an old pin is skipped; one whose upload has begun is finished."""
     old = waiting(1, "a.pt")
