@@ -129,7 +129,7 @@ class Pipeline:
             self._tell(Failed("pin", "disk", caught.name, str(error), "make room on the watch dir's disk"))
             self._watcher.take_back(caught, after=LOCAL_TROUBLE_REST)
         for checkpoint in pinned:
-            for older in [each for each in self.book if each.name == checkpoint.name]:
+            for older in self.book.named(checkpoint.name):
                 self._resting.pop(older.id, None)  # it is to be ended, and at once
             self.moved(checkpoint)
         self._wake()
@@ -278,8 +278,9 @@ class Pipeline:
             try:
                 if self._keep.remote:
                     await self._retain_remote()
-                for name in await asyncio.to_thread(self._retain_local):
-                    self._tell(Deleted(name, "watch dir"))
+                if self._keep.local:
+                    for name in await asyncio.to_thread(self._retain_local):
+                        self._tell(Deleted(name, "watch dir"))
             except (BucketError, OSError) as error:
                 reason = error.reason if isinstance(error, BucketError) else "disk"
                 self._tell(Failed("retention", reason, self._prefix, str(error)))

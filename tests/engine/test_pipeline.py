@@ -299,15 +299,23 @@ async def test_an_abort_that_is_refused_holds_up_only_its_name(line: Make) -> No
         assert it.memory.uploads == {}
 
 
+def book_of(*waiting: Checkpoint) -> Book:
+    """Return the book that has these."""
+    book = Book()
+    for each in waiting:
+        book.put(each)
+    return book
+
+
 def test_a_supersede_that_failed_rests_and_keeps_its_name() -> None:
     """Neither is it asked for at every moment, nor does the successor overtake it."""
     old, new, other = (
         Checkpoint(Id(1, n), name, (File(name, 1, n),), n) for n, name in enumerate(["a.pt", "a.pt", "b.pt"])
     )
     resting = {old.id: 5.0}
-    assert next_step([old, new, other], busy=(), resting=resting, now=1.0) == Upload(other)
-    assert next_step([old, new], busy=(), resting=resting, now=1.0) is None
-    assert next_step([old, new], busy=(), resting=resting, now=5.0) == Supersede(old, new.id)
+    assert next_step(book_of(old, new, other), busy=(), resting=resting, now=1.0) == Upload(other)
+    assert next_step(book_of(old, new), busy=(), resting=resting, now=1.0) is None
+    assert next_step(book_of(old, new), busy=(), resting=resting, now=5.0) == Supersede(old, new.id)
 
 
 # --- trouble -----------------------------------------------------------------------------------------
@@ -363,8 +371,8 @@ def test_what_is_stored_is_committed_before_anything_newer_is_sent() -> None:
     """One swap makes it durable: that is done first when time is short."""
     old, new = (Checkpoint(Id(1, n), f"{n}.pt", (File(f"{n}.pt", 1, n),), n) for n in (1, 2))
     stored = advance(old, Stored((ObjectRef("job/1.pt", 1, "etag"),)))
-    assert next_step([new, stored], busy=(), resting={}, now=1.0) == Upload(stored)
-    assert next_step([new, stored], busy=(), resting={old.id: 2.0}, now=1.0) == Upload(new)
+    assert next_step(book_of(new, stored), busy=(), resting={}, now=1.0) == Upload(stored)
+    assert next_step(book_of(new, stored), busy=(), resting={old.id: 2.0}, now=1.0) == Upload(new)
 
 
 async def test_a_stop_ends_every_rest(line: Make) -> None:
