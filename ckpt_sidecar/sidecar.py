@@ -217,6 +217,7 @@ class Sidecar:
             self._holder,
             claimed_in=self._claimed_in,
             at_least=record.generation,
+            durable=self._spool.known.newest,
             take_over=settings.take_over,
         )
         await asyncio.to_thread(self._spool.claimed, generation=generation, attempt=self._holder.attempt)
