@@ -77,7 +77,7 @@ class Pinned:
 
 @dataclass(frozen=True, slots=True)
 class Uploading:
-    """A multipart upload for each file is under way; `upload_ids` has None for a file sent in one put."""
+    """A multipart upload for each file is under way; in the journal None stands for an id yet to be told."""
 
     upload_ids: tuple[str | None, ...]
 

@@ -10,7 +10,7 @@ How it can go wrong, and what is done:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -311,9 +311,9 @@ class Ledger:
 
     # --- what others left (rule 5) ---
 
-    async def settle_predecessors(self, spool: str) -> None:
-        """Deal with every announced upload that is not this spool's: abort it, or adopt what it became."""
-        for upload in [each for each in self.manifest.uploads if each.spool != spool]:
+    async def settle_predecessors(self, resumed: Collection[str]) -> None:
+        """Deal with every announced upload but those that we resume: abort it, or adopt what it became."""
+        for upload in [each for each in self.manifest.uploads if each.upload_id not in resumed]:
             adopted = None
             try:
                 await self._bucket.abort_multipart(Upload(upload.key, upload.upload_id))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckpt_sidecar.bucket import BucketError, ObjectRef, Unreachable
 from ckpt_sidecar.checkpoint import (
@@ -21,6 +21,7 @@ from ckpt_sidecar.checkpoint import (
     Skipped,
     Stored,
     Superseded,
+    Uploading,
     advance,
 )
 from ckpt_sidecar.events import Deleted, Event, Failed, Moved, PinnedByDescriptor, Retrying
@@ -110,8 +111,9 @@ class Pipeline:
         for what, error in found.broken:
             self._tell(Failed("pin", "disk", what, error))
         for checkpoint in found.checkpoints:
-            if isinstance(checkpoint.state, Pinned):
-                self._uploader.doubt(checkpoint.name)  # killed between create and journal?
+            if checkpoint.state == Uploading((None,)):  # killed before its id was written down
+                self._uploader.doubt(checkpoint.name)
+                checkpoint = replace(checkpoint, state=Pinned())  # noqa: PLW2901
             self.moved(checkpoint)
         for caught in found.caught:
             self._watcher.take_back(caught)
@@ -176,7 +178,7 @@ class Pipeline:
         if isinstance(step, Supersede):
             await self._supersede(checkpoint, step.by, durable_as=None)
         elif isinstance(step, Skip):
-            self.moved(advance(checkpoint, Skipped(step.because)))
+            await self._uploader.abandon(checkpoint, Skipped(step.because))
             await self._release(checkpoint, durable_as=None)
         else:
             await self._make_durable(checkpoint)

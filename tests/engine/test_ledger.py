@@ -515,7 +515,7 @@ async def begun(bucket: MemoryBucket, ledger: Ledger, sequence: int, spool: str 
 
 
 async def test_a_claimant_settles_what_others_have_begun(bucket: MemoryBucket, told: Told) -> None:
-    """Others' uploads are aborted, or adopted where they were completed; one's own are left to be resumed."""
+    """Uploads are aborted, or adopted where they were completed; those that we resume are left alone."""
     old = await claimed(bucket, spool="spool-z")
     under_way, completed, own = [
         await begun(bucket, old, n, spool) for n, spool in ((1, "spool-z"), (2, "spool-z"), (3, "spool-a"))
@@ -523,7 +523,7 @@ async def test_a_claimant_settles_what_others_have_begun(bucket: MemoryBucket, t
     parts = await bucket.list_parts(completed)
     await bucket.complete_multipart(completed, parts, when=Absent(), metadata={})
     ledger = await claimed(bucket, told)
-    await ledger.settle_predecessors("spool-a")
+    await ledger.settle_predecessors({own.upload_id})
     assert listed(bucket) == ["1-2 2.pt"]
     assert [each.upload_id for each in manifest_in(bucket).uploads] == [own.upload_id]
     assert list(bucket.uploads) == [own.upload_id]
@@ -539,7 +539,7 @@ async def test_an_upload_that_vanished_is_forgotten(bucket: MemoryBucket) -> Non
     await bucket.abort_multipart(upload)
     await stored(bucket, 0, 1)  # an older save of that name
     ledger = await claimed(bucket)
-    await ledger.settle_predecessors("spool-a")
+    await ledger.settle_predecessors(())
     assert listed(bucket) == []
     assert manifest_in(bucket).uploads == ()
 
@@ -551,9 +551,9 @@ async def test_what_is_not_known_of_a_predecessor_is_not_settled(bucket: MemoryB
     for error in (Unreachable("reset"), Missing("no bucket", reason="bucket")):
         steps.fail("abort", error)
         with pytest.raises(type(error)):
-            await ledger.settle_predecessors("spool-a")
+            await ledger.settle_predecessors(())
         assert len(manifest_in(bucket).uploads) == 1
-    await ledger.settle_predecessors("spool-a")
+    await ledger.settle_predecessors(())
     assert manifest_in(bucket).uploads == ()
     assert bucket.uploads == {}
 
@@ -566,8 +566,8 @@ async def test_an_abort_whose_answer_is_lost_is_settled_the_next_time(
     ledger = await claimed(steps)
     steps.lose("abort")
     with pytest.raises(Unreachable):
-        await ledger.settle_predecessors("spool-a")
-    await ledger.settle_predecessors("spool-a")
+        await ledger.settle_predecessors(())
+    await ledger.settle_predecessors(())
     assert manifest_in(bucket).uploads == ()
 
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_sidecar.bucket import MIB
-from ckpt_sidecar.checkpoint import Superseded
+from ckpt_sidecar.bucket import MIB, Span, Upload
+from ckpt_sidecar.checkpoint import Committed, Pinned, Skipped, Superseded, Uploading
 from ckpt_sidecar.document import dump, parse
-from ckpt_sidecar.events import Fenced, NotReady, Progress, Ready, Rebuilt
+from ckpt_sidecar.events import Fenced, NotReady, Progress, Ready, Rebuilt, UploadAborted
 from ckpt_sidecar.sidecar import Exit
 from tests.engine.support import LATEST, listed, manifest_in, save
 from tests.engine.test_drain import Life, living
-from tests.fakes import ABLE, CARELESS, MemoryBucket
+from tests.engine.test_uploader import Rig
+from tests.engine.test_uploader import rig as rig  # noqa: PLC0414 (a fixture)
+from tests.fakes import ABLE, CARELESS, BytesSource, MemoryBucket
 
 LARGE = random.Random(12).randbytes(9 * MIB)  # two parts
 OTHER = LARGE[::-1]
@@ -221,6 +223,155 @@ async def test_a_rebuild_takes_nothing_from_a_prefix_inside(tmp_path: Path) -> N
         await life.stop()
     assert listed(memory) == ["2-1 new.pt"]
     assert {key: each for key, each in memory.objects.items() if key.startswith("job/inner/")} == inner
+
+
+# --- what nobody will resume --------------------------------------------------------------------------
+
+
+async def strangers(memory: MemoryBucket, *, bare: bool) -> set[str]:
+    """Begin uploads that are not ours, at our very key too; there `bare` begins one without any part."""
+    begun = [await memory.create_multipart(key, metadata={}) for key in ("job/theirs.pt", "else/big.pt")]
+    ours = Upload("job/big.pt", await memory.create_multipart("job/big.pt", metadata={}))
+    await memory.put_part(ours, Span(1, 0, 6), BytesSource(b"theirs"))
+    begun += [ours.upload_id]
+    if bare:
+        begun += [await memory.create_multipart("job/big.pt", metadata={})]
+    return {*begun}
+
+
+async def cut(life: Life, moment: str) -> None:
+    """Have it killed while it sends a large file: at its create, before or after the announcement."""
+    gate = asyncio.Event()
+
+    async def stop_here() -> None:
+        gate.set()
+        await asyncio.Event().wait()
+
+    if moment == "create":
+        life.steps.on("create", after=stop_here)
+    elif moment == "announce":
+        life.steps.on("put", "latest.json", before=stop_here)
+    else:
+        life.steps.on("part", before=stop_here, passing=1)
+    await life.save("big.pt", LARGE)
+    await gate.wait()
+    if moment == "parts":
+        await life.told.until(lambda: life.fates(Uploading))
+        while not manifest_in(life.memory).uploads:
+            await asyncio.sleep(0)
+    await kill(life)
+
+
+@pytest.mark.fault("E1")
+@pytest.mark.parametrize(
+    "then", ["restart", "saved anew, small", "saved anew, large", "rewritten", "deleted"]
+)
+@pytest.mark.parametrize("moment", ["create", "announce", "parts"])
+async def test_of_an_upload_that_was_cut_nothing_is_left_and_no_strangers_is_touched(
+    tmp_path: Path, moment: str, then: str
+) -> None:
+    """Whenever it was killed, and whatever became of the file: resumed, or aborted."""
+    memory = MemoryBucket()
+    theirs = await strangers(memory, bare=moment != "create")
+    async with living(tmp_path / "a", memory) as life:
+        await life.ready()
+        await cut(life, moment)
+    assert {*memory.uploads} > theirs
+    if then == "saved anew, small":
+        save(tmp_path / "a", "big.pt", b"small", at=5)
+    elif then == "saved anew, large":
+        save(tmp_path / "a", "big.pt", OTHER, at=5)
+    elif then == "rewritten":
+        (tmp_path / "a/big.pt").write_bytes(OTHER)
+    elif then == "deleted":
+        (tmp_path / "a/big.pt").unlink()
+    async with living(tmp_path / "a", memory) as life:
+        await life.ready()
+        assert (await life.stop()).code == Exit.DURABLE
+    assert {*memory.uploads} == theirs
+    assert manifest_in(memory).uploads == ()
+    wanted = {"saved anew, small": b"small", "saved anew, large": OTHER, "rewritten": OTHER}
+    assert memory.body("job/big.pt") == wanted.get(then, LARGE)
+
+
+@pytest.mark.fault("E1")
+@pytest.mark.parametrize("lost", ["pins", ""])
+async def test_an_upload_whose_pin_was_removed_is_aborted(tmp_path: Path, lost: str) -> None:
+    """Nobody has its bytes any more, whether all of the spool is gone or only what it held."""
+    memory = MemoryBucket()
+    theirs = await strangers(memory, bare=True)
+    async with living(tmp_path / "a", memory) as life:
+        await life.ready()
+        await cut(life, "parts")
+        life.spool.disk.remove_tree(life.spool.home / lost)
+        (tmp_path / "a/big.pt").unlink()
+    async with living(tmp_path / "a", memory, attempt="another, if it is another spool") as life:
+        await life.ready()
+        assert (await life.stop()).code == Exit.DURABLE
+    assert {*memory.uploads} == theirs
+    assert manifest_in(memory).uploads == ()
+
+
+@pytest.mark.fault("D1", "D3")
+@pytest.mark.parametrize("moment", ["announce", "parts"])
+async def test_who_was_displaced_leaves_no_upload(tmp_path: Path, moment: str) -> None:
+    """Restarted, it holds as fenced, and what it had begun is gone: by the holder, or by itself."""
+    memory = MemoryBucket()
+    theirs = await strangers(memory, bare=True)
+    async with living(tmp_path / "a", memory, attempt="one") as life:
+        await life.ready()
+        await cut(life, moment)
+    await lived(tmp_path / "b", memory, "b.pt", attempt="one")
+    async with living(tmp_path / "a", memory, attempt="one") as life:
+        life.start()
+        await life.told.until(life.not_ready)
+        assert (await life.stop()).code == Exit.FENCED
+        assert life.pins == ["big.pt"]
+    assert {*memory.uploads} == theirs
+    assert listed(memory) == ["2-1 b.pt"]
+    async with living(tmp_path / "a", memory, attempt="two") as life:  # the job is scheduled anew
+        await life.ready()
+        assert (await life.stop()).code == Exit.DURABLE
+    assert {*memory.uploads} == theirs
+    assert listed(memory) == ["2-1 b.pt", "1-1 big.pt"]
+
+
+async def test_what_retention_skips_leaves_no_upload(rig: Rig) -> None:
+    """Its create was not answered, and then nobody wants it any more."""
+    rig.bucket.lose("create")
+    checkpoint = await rig.cut(rig.pin())
+    assert len(rig.memory.uploads) == 1
+    await rig.uploader.abandon(checkpoint, Skipped("no more are kept"))
+    assert rig.memory.uploads == {}
+    assert len(rig.told.of(UploadAborted)) == 1
+
+
+@pytest.mark.fault("D1")
+async def test_who_wakes_fenced_aborts_no_upload_of_the_holder(tmp_path: Path) -> None:
+    """It looks for what it may have begun itself, and what it finds at the key is its successor's by now."""
+    memory = MemoryBucket()
+    async with living(tmp_path / "a", memory) as zombie:
+        await zombie.ready()
+        zombie.steps.lose("create")
+        stalled = zombie.steps.hold("list_uploads")
+        await zombie.save("big.pt", OTHER)
+        await stalled.reached.wait()
+        async with living(tmp_path / "b", memory) as life:
+            await life.ready()
+            part = life.steps.hold("part")
+            await life.save("big.pt", LARGE, at=1)
+            await part.reached.wait()  # its upload has no part yet
+            before = {*memory.uploads}
+            stalled.opened.set()
+            await zombie.told.until(lambda: zombie.told.of(Fenced))
+            assert {*memory.uploads} == before
+            part.opened.set()
+            assert (await life.stop()).code == Exit.DURABLE
+            assert life.fates(Pinned) == life.fates(Committed) == ["big.pt"]
+            assert life.fates(Uploading) == ["big.pt"]
+        assert memory.body("job/big.pt") == LARGE
+        assert (await zombie.stop()).code == Exit.FENCED
+        assert zombie.pins == ["big.pt"]
 
 
 # --- retention ----------------------------------------------------------------------------------------
