@@ -13,9 +13,11 @@ The effect comes first, then the move: a state says what is true on the disk or 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import total_ordering
+from itertools import chain
 
 from ckpt_sidecar.bucket import ObjectRef
 
@@ -75,7 +77,7 @@ class Pinned:
 
 @dataclass(frozen=True, slots=True)
 class Uploading:
-    """A multipart upload for each file is under way; `upload_ids` has None for a file sent in one put."""
+    """A multipart upload for each file is under way; in the journal None stands for an id yet to be told."""
 
     upload_ids: tuple[str | None, ...]
 
@@ -171,19 +173,39 @@ def advance(checkpoint: Checkpoint, to: State) -> Checkpoint:
 
 @dataclass(slots=True)
 class Book:
-    """The checkpoints that are not yet durable, by id. One owner: the sidecar's event loop."""
+    """The checkpoints that are not yet durable, by id. One owner: the sidecar's event loop.
+
+    It is kept in order, so that what is next is found at once, however many wait.
+    """
 
     checkpoints: dict[Id, Checkpoint] = field(default_factory=dict)
+    _order: list[Id] = field(default_factory=list)
+    _named: dict[str, list[Id]] = field(default_factory=dict)
+    _stored: list[Id] = field(default_factory=list)
 
     def put(self, checkpoint: Checkpoint) -> None:
         """Enter the checkpoint as it now is; one that is no longer on its way leaves."""
+        id_, named = checkpoint.id, self._named.setdefault(checkpoint.name, [])
+        _keep(self._order, id_, checkpoint.waiting)
+        _keep(named, id_, checkpoint.waiting)
+        _keep(self._stored, id_, isinstance(checkpoint.state, Stored))
+        if not named:
+            del self._named[checkpoint.name]
         if checkpoint.waiting:
-            self.checkpoints[checkpoint.id] = checkpoint
+            self.checkpoints[id_] = checkpoint
         else:
-            self.checkpoints.pop(checkpoint.id, None)
+            self.checkpoints.pop(id_, None)
 
     def __iter__(self) -> Iterator[Checkpoint]:
-        return iter(sorted(self.checkpoints.values(), key=lambda each: each.id))
+        return iter([self.checkpoints[id_] for id_ in self._order])
+
+    def named(self, name: str) -> list[Checkpoint]:
+        """All saves of one name, the oldest first."""
+        return [self.checkpoints[id_] for id_ in self._named.get(name, ())]
+
+    def in_turn(self) -> Iterator[Checkpoint]:
+        """What is stored, then all, each newest first; not to be changed meanwhile."""
+        return (self.checkpoints[id_] for id_ in chain(reversed(self._stored), reversed(self._order)))
 
     def __len__(self) -> int:
         return len(self.checkpoints)
@@ -207,3 +229,13 @@ class Book:
         counts += [(kind.__name__.lower(), self.count(kind)) for kind in (Uploading, Stored)]
         told = ", ".join(f"{n} {word}" for word, n in counts if n) or "none on its way"
         return f"<{len(self)} checkpoints: {told}; {self.bytes} B>"
+
+
+def _keep(ids: list[Id], id_: Id, there: bool) -> None:  # noqa: FBT001 (two words would not say it better)
+    """Have the id in the sorted list, or not."""
+    at = bisect_left(ids, id_)
+    found = ids[at : at + 1] == [id_]
+    if there and not found:
+        ids.insert(at, id_)
+    elif found and not there:
+        del ids[at]

@@ -238,7 +238,8 @@ async def _restore(settings: Settings, spool: Spool, tell: Tell) -> tuple[Exit, 
             tell=tell,
         )
         try:
-            manifest = await Ledger(bucket, prefix=settings.prefix, times=_times(), tell=tell).load()
+            ledger = Ledger(bucket, prefix=settings.prefix, times=_times(), tell=tell)
+            manifest = await ledger.load(durable=spool.known.newest)
             outcome = await restorer.restore(manifest)
         except NothingRestored as error:
             return Exit.NOTHING_RESTORED, {"outcome": "failed", "path": None, "error": str(error)}

@@ -83,7 +83,8 @@ def load_entry(data: Mapping[str, Any]) -> Checkpoint:
         case "pinned":
             state = Pinned()
         case "uploading":
-            state = Uploading((str(data["upload_ids"][0]),))
+            (upload_id,) = data["upload_ids"]
+            state = Uploading((upload_id and str(upload_id),))
         case other:
             raise ValueError(f"unknown state {other!r}")
     files = tuple(File(str(each["name"]), int(each["size"]), int(each["mtime_ns"])) for each in data["files"])

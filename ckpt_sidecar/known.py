@@ -2,7 +2,8 @@
 
 A line of `known.jsonl` for each file that is settled: name, size, mtime in ns, and the id under which it is
 durable, or null when it was superseded or skipped. A line that is lost or torn costs one look into the
-bucket, so none is synced, and a full disk holds nobody up. Names of files that are gone are forgotten.
+bucket, so none is synced, and a full disk holds nobody up. Names of files that are gone are forgotten, but
+for the newest that is durable: by its id an older copy of `latest.json` is told from the true one.
 """
 
 from __future__ import annotations
@@ -32,8 +33,14 @@ class Known:
         self._files: dict[str, File] = {}
         self._durable: dict[str, Id] = {}
         self._settled: dict[str, tuple[File, Id | None]] = {}  # what the file on the disk says
+        self._newest: tuple[File, Id] | None = None
         self._limit = SLACK
         self._lines = 0
+
+    @property
+    def newest(self) -> Id | None:
+        """The newest checkpoint that we know to have been committed, whatever became of its file."""
+        return self._newest[1] if self._newest else None
 
     def read(self) -> list[Id]:
         """Read the table back, and write it anew without what is gone; return all the ids that it had."""
@@ -73,6 +80,8 @@ class Known:
                 self._tidy()
 
     def _note(self, file: File, id_: Id | None) -> None:
+        if id_ is not None and (self.newest is None or id_ > self.newest):
+            self._newest = file, id_
         if self._files.setdefault(file.name, file) != file:
             return  # a newer save of the name is on its way
         self._settled[file.name] = file, id_
@@ -107,7 +116,10 @@ class Known:
 
     def _tidy(self) -> None:
         self._forget_gone()
-        lines = [_line(file, id_) for file, id_ in self._settled.values()]
+        settled = list(self._settled.values())
+        if self._newest is not None and self._newest not in settled:
+            settled.insert(0, self._newest)  # before what is said of the file that stands there now
+        lines = [_line(file, id_) for file, id_ in settled]
         self._lines = len(lines)
         with suppress(OSError):
             self._disk.write_file(self._path, "".join(lines).encode(), sync=False)

@@ -3,15 +3,16 @@
 How it can go wrong, and what is done:
 - the answer to a swap is lost, or its retry meets its own echo: read back; the `write` token tells;
 - another sidecar has claimed since: `FencedOff`, and nothing is written any more;
-- somebody deleted, mangled or replaced the manifest by an older copy: what we last saw is put back, loudly;
+- somebody deleted, mangled or set back the manifest: put back as last seen, or as the objects tell, loudly;
 - many workers commit at once: what waits travels in one swap.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from ckpt_sidecar.bucket import (
     Absent,
@@ -130,11 +131,17 @@ class Ledger:
         except Mangled as error:
             return _Seen(None, ref.etag, str(error))
 
-    async def load(self) -> Manifest:
-        """Read the manifest, or make it anew from the objects where it is absent or mangled."""
+    async def load(self, *, durable: Id | None = None) -> Manifest:
+        """Read the manifest; make it anew from the objects where it is absent, mangled or an older copy.
+
+        An older copy has nothing as new as `durable`, which the caller knows to have been committed.
+        """
         seen = await self._read()
+        newest = seen.manifest.newest if seen.manifest else None
+        if durable and not seen.flaw and (newest is None or newest.id < durable):
+            seen = replace(seen, flaw=f"it is an older copy, from before {durable} was committed")
         self._etag = seen.etag
-        self._see(seen.manifest or await self._rebuild(seen))
+        self._see(seen.manifest if seen.manifest and not seen.flaw else await self._rebuild(seen))
         return self.manifest
 
     def _see(self, manifest: Manifest) -> None:
@@ -147,7 +154,8 @@ class Ledger:
 
     async def _rebuild(self, seen: _Seen) -> Manifest:
         entries = await self._entries_from_objects()
-        made = Manifest(generation=max((each.id.generation for each in entries), default=0))
+        made = seen.manifest or Manifest()
+        made = replace(made, generation=max([made.generation, *(each.id.generation for each in entries)]))
         for entry in sorted(entries, key=lambda each: each.id):
             made = committed(made, entry, history=self._history)
         if entries or seen.etag is not None:
@@ -155,15 +163,22 @@ class Ledger:
         return made
 
     async def _entries_from_objects(self) -> list[Entry]:
-        """Every object under the prefix that describes itself as a checkpoint of ours."""
-        entries = []
+        """Every object under the prefix that describes itself as a checkpoint of ours.
+
+        What lies below another manifest is another job's, whose prefix is inside this one.
+        """
+        entries, others = [], []
         now = self._times.wall()
         async for listed in self._bucket.list(self._prefix):
+            name = listed.key.removeprefix(self._prefix)
+            if name.endswith(f"/{MANIFEST_NAME}"):
+                others.append(name.removesuffix(MANIFEST_NAME))
+                continue
             ref = await self._bucket.head(listed.key)
-            entry = described(ref, ref.key.removeprefix(self._prefix), now) if ref is not None else None
+            entry = described(ref, name, now) if ref is not None else None
             if entry is not None:
                 entries.append(entry)
-        return entries
+        return [each for each in entries if not each.name.startswith(tuple(others))]
 
     # --- the swap ---
 
@@ -230,7 +245,7 @@ class Ledger:
         try:
             seen = await self._read()
         except UnknownSchema as error:
-            raise FencedOff(self.generation, f"a newer ckpt-sidecar: {error}") from error
+            self._fence(f"a newer ckpt-sidecar: {error}")
         self._etag = seen.etag
         if seen.manifest is None or self._went_back(seen.manifest):
             # What we saw last is put back by the next try.
@@ -253,25 +268,33 @@ class Ledger:
         if self._holder is not None and not ours:
             self._fence()
 
-    def _fence(self) -> None:
-        holder = self.manifest.holder
-        who = f"{holder.host} pid {holder.pid} (attempt {holder.attempt})" if holder else "an unknown holder"
+    def _fence(self, who: str = "an unknown holder") -> NoReturn:
+        generation, holder = self.manifest.generation, self.manifest.holder
+        if holder and holder != self._holder:
+            who = f"{holder.host} pid {holder.pid} (attempt {holder.attempt})"
         if not self._fenced:  # many may ask; it is said once
             self._fenced = True
-            self._tell(Fenced(self.manifest.generation, who))
-        raise FencedOff(self.manifest.generation, who)
+            self._tell(Fenced(generation, who))
+        raise FencedOff(generation, who)
 
     # --- claiming ---
 
     async def claim(
-        self, holder: Holder, *, claimed_in: str = "", at_least: int = 0, take_over: bool = False
+        self,
+        holder: Holder,
+        *,
+        claimed_in: str = "",
+        at_least: int = 0,
+        durable: Id | None = None,
+        take_over: bool = False,
     ) -> int:
         """Take the next generation, greater than `at_least`; return it.
 
-        `claimed_in` is the attempt in which this spool has claimed before, "" for never. Raises FencedOff
-        when another has claimed since in this same attempt (rule 3), unless a person says `take_over`.
+        `claimed_in` is the attempt in which this spool has claimed before, "" for never; `durable` the newest
+        that it knows to be committed. Raises FencedOff when another has claimed since in this same attempt
+        (rule 3), unless a person says `take_over`.
         """
-        await self.load()
+        await self.load(durable=durable)
         for tries in range(1, SWAP_TRIES + 1):
             other = self.manifest.holder
             displaced = claimed_in == holder.attempt and other is not None and other.spool != holder.spool
@@ -288,9 +311,9 @@ class Ledger:
 
     # --- what others left (rule 5) ---
 
-    async def settle_predecessors(self, spool: str) -> None:
-        """Deal with every announced upload that is not this spool's: abort it, or adopt what it became."""
-        for upload in [each for each in self.manifest.uploads if each.spool != spool]:
+    async def settle_predecessors(self, resumed: Collection[str]) -> None:
+        """Deal with every announced upload but those that we resume: abort it, or adopt what it became."""
+        for upload in [each for each in self.manifest.uploads if each.upload_id not in resumed]:
             adopted = None
             try:
                 await self._bucket.abort_multipart(Upload(upload.key, upload.upload_id))

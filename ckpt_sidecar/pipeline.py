@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckpt_sidecar.bucket import BucketError, ObjectRef, Unreachable
 from ckpt_sidecar.checkpoint import (
@@ -21,6 +21,7 @@ from ckpt_sidecar.checkpoint import (
     Skipped,
     Stored,
     Superseded,
+    Uploading,
     advance,
 )
 from ckpt_sidecar.events import Deleted, Event, Failed, Moved, PinnedByDescriptor, Retrying
@@ -123,8 +124,9 @@ class Pipeline:
         for what, error in found.broken:
             self._tell(Failed("pin", "disk", what, error))
         for checkpoint in found.checkpoints:
-            if isinstance(checkpoint.state, Pinned):
-                self._uploader.doubt(checkpoint.name)  # killed between create and journal?
+            if checkpoint.state == Uploading((None,)):  # killed before its id was written down
+                self._uploader.doubt(checkpoint.name)
+                checkpoint = replace(checkpoint, state=Pinned())  # noqa: PLW2901
             self.moved(checkpoint)
         for caught in found.caught:
             self._watcher.take_back(caught)
@@ -142,7 +144,7 @@ class Pipeline:
             self._tell(Failed("pin", "disk", caught.name, str(error), "make room on the watch dir's disk"))
             self._watcher.take_back(caught, after=LOCAL_TROUBLE_REST)
         for checkpoint in pinned:
-            for older in [each for each in self.book if each.name == checkpoint.name]:
+            for older in self.book.named(checkpoint.name):
                 self._resting.pop(older.id, None)  # it is to be ended, and at once
             self.moved(checkpoint)
         self._wake()
@@ -187,7 +189,7 @@ class Pipeline:
         if isinstance(step, Supersede):
             await self._supersede(checkpoint, step.by, durable_as=None)
         elif isinstance(step, Skip):
-            self.moved(advance(checkpoint, Skipped(step.because)))
+            await self._uploader.abandon(checkpoint, Skipped(step.because))
             await self._release(checkpoint, durable_as=None)
         else:
             await self._make_durable(checkpoint)
@@ -290,8 +292,9 @@ class Pipeline:
             try:
                 if self._keep.remote:
                     await self._retain_remote()
-                for name in await asyncio.to_thread(self._retain_local):
-                    self._tell(Deleted(name, "watch dir"))
+                if self._keep.local:
+                    for name in await asyncio.to_thread(self._retain_local):
+                        self._tell(Deleted(name, "watch dir"))
             except (BucketError, OSError) as error:
                 reason = error.reason if isinstance(error, BucketError) else "disk"
                 self._tell(Failed("retention", reason, self._prefix, str(error)))

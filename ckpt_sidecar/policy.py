@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt_sidecar.checkpoint import Checkpoint, Id, Pinned, Stored
+from ckpt_sidecar.checkpoint import Book, Checkpoint, Id, Pinned, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ Step = Upload | Supersede | Skip
 
 
 def next_step(
-    waiting: Iterable[Checkpoint],
+    book: Book,
     *,
     busy: Collection[str],
     resting: Mapping[Id, float],
@@ -51,19 +51,19 @@ def next_step(
     alone. With `keep_remote` a checkpoint that retention would delete as soon as it is committed is not sent
     at all: `durable` are the ids that the manifest lists.
     """
-    free = sorted((each for each in waiting if each.name not in busy), key=lambda each: each.id, reverse=True)
-    newest_of: dict[str, Checkpoint] = {}
-    for each in free:
-        newer = newest_of.setdefault(each.name, each)
-        if newer is not each and not _rests(each, resting, now):
-            return Supersede(each, newer.id)
+    for each in book.in_turn():
+        if each.name in busy:
+            continue
+        *older, newest = book.named(each.name)
+        ended_first = older[::-1] if each is newest else [each]
+        for other in ended_first:
+            if not _rests(other, resting, now):
+                return Supersede(other, newest.id)
         if keep_remote and isinstance(each.state, Pinned) and _beyond(each.id, keep_remote, durable):
             return Skip(each, f"{keep_remote} newer ones are durable, and no more are kept")
-    held_up = {each.name for each in free if newest_of[each.name] is not each}
-    ready = (
-        each for each in drain_order(free) if each.name not in held_up and not _rests(each, resting, now)
-    )
-    return next((Upload(each) for each in ready), None)
+        if not ended_first and not _rests(each, resting, now):
+            return Upload(each)
+    return None
 
 
 def _rests(each: Checkpoint, resting: Mapping[Id, float], now: float) -> bool:

@@ -235,12 +235,15 @@ class Sidecar:
             self._holder,
             claimed_in=self._claimed_in,
             at_least=record.generation,
+            durable=self._spool.known.newest,
             take_over=settings.take_over,
         )
         await asyncio.to_thread(self._spool.claimed, generation=generation, attempt=self._holder.attempt)
 
     async def _restore(self) -> None:
-        await self._ledger.settle_predecessors(self._spool.record.spool)
+        states = [each.state for each in self._pipeline.book]
+        resumed = {id_ for state in states if isinstance(state, Uploading) for id_ in state.upload_ids if id_}
+        await self._ledger.settle_predecessors(resumed)
         restorer = Restorer(
             self._world.bucket,
             self._landing,
@@ -286,7 +289,6 @@ class Sidecar:
             return self._end()
         while isinstance(fenced, BaseExceptionGroup):
             fenced = fenced.exceptions[0]
-        await self._abort_own()
         return await self._hold(fenced)
 
     async def _work(self) -> None:
@@ -340,6 +342,7 @@ class Sidecar:
         """
         if self._taking is not None:
             self._taking.cancel()
+        await self._abort_own()
         await asyncio.to_thread(self._watcher.close)  # what nobody will send must not fill the trainer's disk
         self._world.tell(NotReady(str(fenced)))
         if child is None:

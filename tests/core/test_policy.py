@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_sidecar.bucket import ObjectRef
-from ckpt_sidecar.checkpoint import Checkpoint, File, Id, Pinned, State, Stored, Uploading
+from ckpt_sidecar.checkpoint import Book, Checkpoint, File, Id, Pinned, State, Stored, Uploading
 from ckpt_sidecar.policy import (
     Skip,
     Supersede,
@@ -22,8 +22,15 @@ def waiting(sequence: int, name: str, state: State | None = None) -> Checkpoint:
     return Checkpoint(Id(1, sequence), name, (File(name, 1, 0),), 0, state or Pinned())
 
 
+def book_of(*all_waiting: Checkpoint) -> Book:
+    book = Book()
+    for each in all_waiting:
+        book.put(each)
+    return book
+
+
 def the_next(*all_waiting: Checkpoint, busy: tuple[str, ...] = (), **more: object) -> object:
-    return next_step(all_waiting, busy=busy, resting=more.pop("resting", {}), now=0.0, **more)  # type: ignore[arg-type]
+    return next_step(book_of(*all_waiting), busy=busy, resting=more.pop("resting", {}), now=0.0, **more)  # type: ignore[arg-type]
 
 
 def test_the_newest_goes_first_and_older_ones_backfill() -> None:

@@ -252,6 +252,7 @@ async def test_what_a_predecessor_has_begun_is_settled_before_the_restore(
         assert listed(memory) == ["1-1 1.pt"]
 
 
+@pytest.mark.fault("D4")
 async def test_old_pins_are_committed_as_history(tmp_path: Path, memory: MemoryBucket) -> None:
     """A new attempt on an old node: what its spool still held becomes durable, but never the newest."""
     async with living(tmp_path / "a", memory, attempt="attempt-1") as life:
@@ -521,6 +522,7 @@ async def test_who_is_fenced_in_the_middle_of_parts_leaves_no_upload(
         assert life.pins == ["large.pt"]
 
 
+@pytest.mark.fault("D3")
 async def test_who_was_displaced_in_this_attempt_holds_from_the_start(
     tmp_path: Path, memory: MemoryBucket
 ) -> None:

@@ -99,6 +99,7 @@ async def test_a_claim_is_above_all_that_the_spool_has_claimed(bucket: MemoryBuc
     assert await ledger_of(bucket, Told()).claim(holder(), at_least=41) == 42
 
 
+@pytest.mark.fault("D6")
 async def test_a_mangled_manifest_is_rebuilt_from_the_objects(bucket: MemoryBucket, told: Told) -> None:
     """What describes itself as a checkpoint of ours is listed again, loudly; a stranger's object is not."""
     for n in (1, 2, 3):
@@ -113,6 +114,7 @@ async def test_a_mangled_manifest_is_rebuilt_from_the_objects(bucket: MemoryBuck
     assert "not JSON" in rebuilt.error
 
 
+@pytest.mark.fault("D6")
 async def test_a_lost_manifest_is_rebuilt_from_the_objects(bucket: MemoryBucket, told: Told) -> None:
     """A bucket whose latest.json was deleted is not taken for a fresh run."""
     await stored(bucket, 7, 1)
@@ -162,6 +164,7 @@ async def test_a_claim_whose_answer_is_lost_has_won(bucket: MemoryBucket, steps:
     assert told == [Claimed(1, None)]
 
 
+@pytest.mark.fault("D2")
 async def test_two_that_claim_at_once_get_an_order(bucket: MemoryBucket, told: Told) -> None:
     """Of ten that start together each gets a generation of its own; only the last one holds the prefix."""
     ledgers = [ledger_of(bucket, told) for _ in range(10)]
@@ -178,6 +181,7 @@ async def test_two_that_claim_at_once_get_an_order(bucket: MemoryBucket, told: T
     assert listed(bucket) == ["10-1 1.pt"]
 
 
+@pytest.mark.fault("D3")
 async def test_who_was_displaced_in_this_attempt_does_not_claim_again(
     bucket: MemoryBucket, told: Told
 ) -> None:
@@ -217,6 +221,7 @@ async def test_a_new_attempt_claims_from_whoever_held(bucket: MemoryBucket) -> N
     assert await ledger_of(bucket, Told()).claim(new, claimed_in="attempt-1", at_least=1) == 3
 
 
+@pytest.mark.fault("D2", "D3")
 async def test_a_claim_that_is_overtaken_looks_at_who_holds_now(bucket: MemoryBucket, steps: Steps) -> None:
     """Between its read and its swap another has claimed: who was displaced by that does not go on."""
     await claimed(bucket)
@@ -233,6 +238,7 @@ async def test_a_claim_that_is_overtaken_looks_at_who_holds_now(bucket: MemoryBu
 # --- swaps -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("D8")
 async def test_a_commit_is_in_the_bucket_when_it_returns(bucket: MemoryBucket) -> None:
     """Durable means that it stands in latest.json, newest first whatever the order of the commits."""
     ledger = await claimed(bucket)
@@ -316,6 +322,7 @@ async def test_a_foreign_writer_is_not_overwritten(bucket: MemoryBucket, steps: 
     assert listed(bucket) == ["1-1 1.pt"]
 
 
+@pytest.mark.fault("D7")
 async def test_a_foreign_writer_that_always_wins_is_said(bucket: MemoryBucket, steps: Steps) -> None:
     """It is fought so many times, then named as what it is."""
     ledger = await claimed(steps)
@@ -336,6 +343,7 @@ async def test_a_foreign_writer_that_always_wins_is_said(bucket: MemoryBucket, s
     assert listed(bucket) == ["1-1 1.pt"]
 
 
+@pytest.mark.fault("D8")
 async def test_commits_at_once_travel_together(bucket: MemoryBucket, steps: Steps) -> None:
     """A burst of a hundred commits costs two swaps: the first one's, and one for all that waited."""
     ledger = await claimed(steps)
@@ -429,6 +437,7 @@ async def test_a_save_of_a_later_generation_is_a_reason_to_look(bucket: MemoryBu
     assert len(told.of(Fenced)) == 1
 
 
+@pytest.mark.fault("D6")
 async def test_an_equal_generation_of_another_holder_fences(bucket: MemoryBucket) -> None:
     """Two that claimed the same number, because the manifest was lost in between, do not share it."""
     ledger = await claimed(bucket)
@@ -471,6 +480,7 @@ async def test_a_manifest_that_somebody_mangles_is_put_back(bucket: MemoryBucket
     assert len(told.of(Rebuilt)) == 1
 
 
+@pytest.mark.fault("D6")
 async def test_an_older_copy_never_takes_a_checkpoint_away(bucket: MemoryBucket, told: Told) -> None:
     """Somebody puts a backup back, of this generation or of an earlier one: what we saw last wins."""
     older = [bucket.body(LATEST) for _ in [await claimed(bucket, spool="spool-z")]]
@@ -505,7 +515,7 @@ async def begun(bucket: MemoryBucket, ledger: Ledger, sequence: int, spool: str 
 
 
 async def test_a_claimant_settles_what_others_have_begun(bucket: MemoryBucket, told: Told) -> None:
-    """Others' uploads are aborted, or adopted where they were completed; one's own are left to be resumed."""
+    """Uploads are aborted, or adopted where they were completed; those that we resume are left alone."""
     old = await claimed(bucket, spool="spool-z")
     under_way, completed, own = [
         await begun(bucket, old, n, spool) for n, spool in ((1, "spool-z"), (2, "spool-z"), (3, "spool-a"))
@@ -513,7 +523,7 @@ async def test_a_claimant_settles_what_others_have_begun(bucket: MemoryBucket, t
     parts = await bucket.list_parts(completed)
     await bucket.complete_multipart(completed, parts, when=Absent(), metadata={})
     ledger = await claimed(bucket, told)
-    await ledger.settle_predecessors("spool-a")
+    await ledger.settle_predecessors({own.upload_id})
     assert listed(bucket) == ["1-2 2.pt"]
     assert [each.upload_id for each in manifest_in(bucket).uploads] == [own.upload_id]
     assert list(bucket.uploads) == [own.upload_id]
@@ -529,7 +539,7 @@ async def test_an_upload_that_vanished_is_forgotten(bucket: MemoryBucket) -> Non
     await bucket.abort_multipart(upload)
     await stored(bucket, 0, 1)  # an older save of that name
     ledger = await claimed(bucket)
-    await ledger.settle_predecessors("spool-a")
+    await ledger.settle_predecessors(())
     assert listed(bucket) == []
     assert manifest_in(bucket).uploads == ()
 
@@ -541,9 +551,9 @@ async def test_what_is_not_known_of_a_predecessor_is_not_settled(bucket: MemoryB
     for error in (Unreachable("reset"), Missing("no bucket", reason="bucket")):
         steps.fail("abort", error)
         with pytest.raises(type(error)):
-            await ledger.settle_predecessors("spool-a")
+            await ledger.settle_predecessors(())
         assert len(manifest_in(bucket).uploads) == 1
-    await ledger.settle_predecessors("spool-a")
+    await ledger.settle_predecessors(())
     assert manifest_in(bucket).uploads == ()
     assert bucket.uploads == {}
 
@@ -556,8 +566,8 @@ async def test_an_abort_whose_answer_is_lost_is_settled_the_next_time(
     ledger = await claimed(steps)
     steps.lose("abort")
     with pytest.raises(Unreachable):
-        await ledger.settle_predecessors("spool-a")
-    await ledger.settle_predecessors("spool-a")
+        await ledger.settle_predecessors(())
+    await ledger.settle_predecessors(())
     assert manifest_in(bucket).uploads == ()
 
 
@@ -637,6 +647,7 @@ async def test_retention_spares_a_key_that_is_being_saved_anew(bucket: MemoryBuc
     assert manifest_in(bucket).expiring == ()
 
 
+@pytest.mark.fault("D10")
 @pytest.mark.parametrize("able", [True, False])
 async def test_retention_leaves_a_newer_object_alone(*, able: bool) -> None:
     """A save that has taken the key meanwhile is not what is to be deleted, whatever the store honours."""
@@ -650,6 +661,7 @@ async def test_retention_leaves_a_newer_object_alone(*, able: bool) -> None:
     assert manifest_in(bucket).expiring == ()
 
 
+@pytest.mark.fault("D10")
 @pytest.mark.parametrize("lost", [True, False])
 async def test_retention_that_was_cut_goes_on(bucket: MemoryBucket, steps: Steps, *, lost: bool) -> None:
     """Between the swap and the delete, or the delete and its answer, comes an end: the next one goes on."""
@@ -669,6 +681,7 @@ async def test_retention_that_was_cut_goes_on(bucket: MemoryBucket, steps: Steps
     assert manifest_in(bucket).expiring == ()
 
 
+@pytest.mark.fault("D10")
 async def test_a_save_of_an_expiring_name_is_never_deleted(bucket: MemoryBucket, steps: Steps) -> None:
     """Its commit takes the key out of what is to be deleted."""
     ledger = await claimed(steps)
@@ -682,6 +695,7 @@ async def test_a_save_of_an_expiring_name_is_never_deleted(bucket: MemoryBucket,
     assert manifest_in(bucket).expiring == ()
 
 
+@pytest.mark.fault("D10")
 async def test_a_fenced_sidecar_deletes_nothing(bucket: MemoryBucket) -> None:
     """The swap comes before the delete, and it is refused."""
     ledger = await claimed(bucket)

@@ -182,6 +182,7 @@ async def test_what_is_saved_becomes_durable_and_its_pin_goes(line: Make) -> Non
         assert repr(it.pipeline.book) == "<0 checkpoints: none on its way; 0 B>"
 
 
+@pytest.mark.fault("H2")
 async def test_the_newest_goes_first(line: Make) -> None:
     """A backlog goes up from the newest to the oldest."""
     async with line(workers=1) as it:
@@ -191,6 +192,7 @@ async def test_the_newest_goes_first(line: Make) -> None:
         assert it.fates(Committed) == ["4.pt", "3.pt", "2.pt", "1.pt", "0.pt"]
 
 
+@pytest.mark.fault("H2")
 async def test_a_newer_one_overtakes_the_backlog(line: Make) -> None:
     """What is saved while a backlog is sent goes next, before what is older."""
     async with line(workers=1) as it:
@@ -299,15 +301,23 @@ async def test_an_abort_that_is_refused_holds_up_only_its_name(line: Make) -> No
         assert it.memory.uploads == {}
 
 
+def book_of(*waiting: Checkpoint) -> Book:
+    """Return the book that has these."""
+    book = Book()
+    for each in waiting:
+        book.put(each)
+    return book
+
+
 def test_a_supersede_that_failed_rests_and_keeps_its_name() -> None:
     """Neither is it asked for at every moment, nor does the successor overtake it."""
     old, new, other = (
         Checkpoint(Id(1, n), name, (File(name, 1, n),), n) for n, name in enumerate(["a.pt", "a.pt", "b.pt"])
     )
     resting = {old.id: 5.0}
-    assert next_step([old, new, other], busy=(), resting=resting, now=1.0) == Upload(other)
-    assert next_step([old, new], busy=(), resting=resting, now=1.0) is None
-    assert next_step([old, new], busy=(), resting=resting, now=5.0) == Supersede(old, new.id)
+    assert next_step(book_of(old, new, other), busy=(), resting=resting, now=1.0) == Upload(other)
+    assert next_step(book_of(old, new), busy=(), resting=resting, now=1.0) is None
+    assert next_step(book_of(old, new), busy=(), resting=resting, now=5.0) == Supersede(old, new.id)
 
 
 # --- trouble -----------------------------------------------------------------------------------------
@@ -348,6 +358,7 @@ async def test_one_key_that_is_denied_holds_up_no_other(line: Make) -> None:
         assert it.fates(Committed)[-1] == "no.pt"
 
 
+@pytest.mark.fault("D7")
 async def test_what_is_stored_is_not_sent_again_for_a_commit(line: Make) -> None:
     """The swap fails again and again: the object stays, and only the swap is repeated."""
     async with line() as it:
@@ -363,8 +374,8 @@ def test_what_is_stored_is_committed_before_anything_newer_is_sent() -> None:
     """One swap makes it durable: that is done first when time is short."""
     old, new = (Checkpoint(Id(1, n), f"{n}.pt", (File(f"{n}.pt", 1, n),), n) for n in (1, 2))
     stored = advance(old, Stored((ObjectRef("job/1.pt", 1, "etag"),)))
-    assert next_step([new, stored], busy=(), resting={}, now=1.0) == Upload(stored)
-    assert next_step([new, stored], busy=(), resting={old.id: 2.0}, now=1.0) == Upload(new)
+    assert next_step(book_of(new, stored), busy=(), resting={}, now=1.0) == Upload(stored)
+    assert next_step(book_of(new, stored), busy=(), resting={old.id: 2.0}, now=1.0) == Upload(new)
 
 
 async def test_a_stop_ends_every_rest(line: Make) -> None:
@@ -493,6 +504,7 @@ async def test_a_restart_between_commit_and_release_commits_nothing_twice(line: 
         after.spool.close()
 
 
+@pytest.mark.fault("D5")
 async def test_a_wiped_spool_does_not_send_what_is_durable(line: Make) -> None:
     """The files are there, the bucket knows them: none is sent again, all are known as durable."""
     async with line() as it:
@@ -542,6 +554,7 @@ async def test_what_retention_would_delete_at_once_is_not_sent(line: Make) -> No
         assert it.pins == []
 
 
+@pytest.mark.fault("D10")
 async def test_retention_spares_a_name_that_is_being_sent(line: Make) -> None:
     """The old object of a name whose next save is on its way is not deleted under it."""
     async with line(keep=Keep(remote=1)) as it:
@@ -561,6 +574,7 @@ async def test_retention_spares_a_name_that_is_being_sent(line: Make) -> None:
         assert sorted(it.memory.objects) == ["job/last.pt", LATEST]
 
 
+@pytest.mark.fault("D10")
 async def test_no_save_begins_while_its_old_object_is_deleted(line: Make) -> None:
     """The key is locked from the look to the delete, also where the store checks no condition."""
     async with line(keep=Keep(remote=1)) as it:

@@ -268,6 +268,7 @@ def _sent(sidecar: Daemon) -> int:
     return queue[0]["sent"] if queue and announced and queue[0]["sent"] >= 16 * MIB else 0
 
 
+@pytest.mark.fault("D1", "D3")
 def test_of_two_sidecars_on_one_prefix_the_older_one_holds_and_destroys_nothing(
     tmp_path: Path, target: Target
 ) -> None:
