@@ -117,20 +117,20 @@ class Pipeline:
             self._watcher.take_back(caught)
 
     async def pin(self, batch: Sequence[Found]) -> None:
-        """Make checkpoints of what was found, durably queued."""
-        ordered = sorted(batch, key=lambda each: each.file.mtime_ns)
+        """Make checkpoints of what was found, durably queued, in this order."""
         pinned, failed = await asyncio.to_thread(
-            self._spool.pin, [(each.caught, each.file) for each in ordered]
+            self._spool.pin, [(each.caught, each.file) for each in batch]
         )
-        for each in ordered:
+        for each in batch:
             if each.caught.descriptor is not None:
                 self._tell(PinnedByDescriptor(each.file.name, "no hard link could be made"))
         for caught, error in failed:
             self._tell(Failed("pin", "disk", caught.name, str(error), "make room on the watch dir's disk"))
             self._watcher.take_back(caught, after=LOCAL_TROUBLE_REST)
+        names = {each.name for each in pinned}
+        for older in [each for each in self.book if each.name in names]:
+            self._resting.pop(older.id, None)  # it is to be ended, and at once
         for checkpoint in pinned:
-            for older in [each for each in self.book if each.name == checkpoint.name]:
-                self._resting.pop(older.id, None)  # it is to be ended, and at once
             self.moved(checkpoint)
         self._wake()
 
