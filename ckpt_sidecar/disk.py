@@ -5,10 +5,13 @@ Tests put a `Disk` in its place that counts the calls, and fails or kills at the
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ckpt_sidecar.checkpoint import File
 
@@ -22,6 +25,39 @@ def files_below(folder: Path) -> Iterator[Path]:
     """Yield whatever is no directory below the folder; what vanishes meanwhile is passed over."""
     for at, _, names in os.walk(folder):
         yield from (Path(at, name) for name in names)
+
+
+def nameless_bytes(folders: Iterable[Path], descriptors: Iterable[int]) -> int:
+    """Bytes that nothing but links in these folders, or these descriptors, keeps on the disk any more."""
+    total = 0
+    for path in (each for folder in folders for each in files_below(folder)):
+        with suppress(OSError):  # gone meanwhile
+            status = path.lstat()
+            total += status.st_size if status.st_nlink == 1 else 0
+    for descriptor in descriptors:
+        with suppress(OSError):
+            status = os.fstat(descriptor)
+            total += status.st_size if status.st_nlink == 0 else 0
+    return total
+
+
+def locked(path: Path) -> BinaryIO | None:
+    """Open the file and lock it for this process alone; None where another one has."""
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def leads_to(path: Path, file: BinaryIO) -> bool:
+    """Is it this open file that the path leads to?"""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except OSError:
+        return False
 
 
 class Disk:
@@ -119,6 +155,12 @@ class PinnedFile:
             got += n
         self.check()
         return got
+
+    @property
+    def inode(self) -> tuple[int, int]:
+        """Which file it is."""
+        status = os.fstat(self._descriptor)
+        return status.st_dev, status.st_ino
 
     def check(self) -> None:
         """Raise BytesChanged unless the inode is as it was when it was pinned."""

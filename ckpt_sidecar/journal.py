@@ -91,3 +91,16 @@ def load_entry(data: Mapping[str, Any]) -> Checkpoint:
     if [file.name for file in files] != [data["name"]]:
         raise ValueError(f"not just one file named {data['name']!r}")
     return Checkpoint(Id.parse(data["id"]), data["name"], files, int(data["saved_at"]), state)
+
+
+def read_entry(path: Path, bare: Checkpoint) -> tuple[Checkpoint, str | None]:
+    """Return the checkpoint as journalled, or `bare` (pinned) and what is wrong with its entry."""
+    try:
+        read = load_entry(read_json(path.read_bytes()))
+    except FileNotFoundError:
+        return bare, None
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        return bare, f"cannot be read ({error}); the pin itself is whole and is taken up from the start"
+    if (read.id, read.name) != (bare.id, bare.name):
+        return bare, "names another checkpoint than its pin; the pin is taken up from the start"
+    return read, None

@@ -148,7 +148,7 @@ def fields_of(event: Event) -> Mapping[str, Any]:
         if not isinstance(it.state, Pinned):
             told |= {
                 "seconds": round(event.seconds, 3),
-                "lag_seconds": round(event.at - it.saved_at / 1e9, 3),
+                "lag_seconds": round(max(0.0, event.at - it.saved_at / 1e9), 3),
             }
         return told | {
             each.name: _plain(getattr(it.state, each.name))

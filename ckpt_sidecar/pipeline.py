@@ -24,6 +24,7 @@ from ckpt_sidecar.checkpoint import (
     Uploading,
     advance,
 )
+from ckpt_sidecar.disk import BytesChanged
 from ckpt_sidecar.events import Deleted, Event, Failed, Moved, PinnedByDescriptor, Retrying
 from ckpt_sidecar.landing import Landing
 from ckpt_sidecar.ledger import Ledger, Times
@@ -31,10 +32,11 @@ from ckpt_sidecar.manifest import Entry
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.policy import Skip, Step, Supersede, expired_local, next_step, retry_delay
 from ckpt_sidecar.spool import Spool
-from ckpt_sidecar.uploader import Uploader
+from ckpt_sidecar.uploader import Uploader, crc_of
 from ckpt_sidecar.watcher import Found, Watcher
 
 URGENT_REST = 1.0  # seconds, the longest rest once the node is about to be taken away
+REMEMBERED = 10_000  # names whose inodes are kept in memory
 LOCAL_TROUBLE_REST = 5.0  # seconds; a disk that is full or failing is not asked every moment
 
 
@@ -92,6 +94,7 @@ class Pipeline:
         self._resting: dict[Id, float] = {}
         self._tries: dict[Id, int] = {}
         self._began: dict[Id, float] = {}
+        self._sent: dict[str, tuple[int, int]] = {}  # the inodes that are durable, by name, the oldest first
         self._all_taken_in = False
         self._urgent = False
         self._woken = asyncio.Event()
@@ -132,12 +135,11 @@ class Pipeline:
             self._watcher.take_back(caught)
 
     async def pin(self, batch: Sequence[Found]) -> None:
-        """Make checkpoints of what was found, durably queued."""
-        ordered = sorted(batch, key=lambda each: each.file.mtime_ns)
+        """Make checkpoints of what was found, durably queued, in this order."""
         pinned, failed = await asyncio.to_thread(
-            self._spool.pin, [(each.caught, each.file) for each in ordered]
+            self._spool.pin, [(each.caught, each.file) for each in batch]
         )
-        for each in ordered:
+        for each in batch:
             if each.caught.descriptor is not None:
                 self._tell(PinnedByDescriptor(each.file.name, "no hard link could be made"))
         for caught, error in failed:
@@ -197,10 +199,11 @@ class Pipeline:
     async def _make_durable(self, checkpoint: Checkpoint) -> None:
         """Upload, commit, release: in this order, each only when the one before has succeeded."""
         listed = self._ledger.manifest.entry_of(checkpoint.name)
-        if listed is not None and (listed.id > checkpoint.id or _same_bytes(checkpoint, listed)):
-            same = listed.id if _same_bytes(checkpoint, listed) else None
-            await self._supersede(checkpoint, listed.id, durable_as=same)
-            return
+        if listed is not None:
+            same = _same_file(checkpoint, listed) or await self._only_touched(checkpoint, listed)
+            if same or listed.id > checkpoint.id:
+                await self._supersede(checkpoint, listed.id, durable_as=listed.id if same else None)
+                return
         self._began.setdefault(checkpoint.id, self._seconds())
         if not isinstance(checkpoint.state, Stored):
             seen = listed.objects[0] if listed is not None else None
@@ -217,12 +220,35 @@ class Pipeline:
             case _:
                 await self._release(checkpoint, durable_as=None)
 
+    async def _only_touched(self, checkpoint: Checkpoint, listed: Entry) -> bool:
+        """Does it have the bytes of the object that is listed, and only another time?
+
+        It is read through for that where it is the very inode that was sent: a save that is renamed into
+        place, as of last.pt, is another one.
+        """
+        crc = listed.objects[0].crc64nvme
+        if crc is None or listed.size != checkpoint.size:
+            return False
+        with suppress(OSError, BytesChanged), self._spool.reading(checkpoint, checkpoint.files[0]) as pinned:
+            if pinned.inode == self._sent.get(checkpoint.name):
+                return await asyncio.to_thread(crc_of, pinned, checkpoint.size) == crc
+        return False
+
     async def _commit(self, checkpoint: Checkpoint, objects: tuple[ObjectRef, ...]) -> None:
         entry = Entry(checkpoint.id, checkpoint.name, objects, checkpoint.saved_at, self._times.wall())
         await self._ledger.commit(entry)
         self.moved(advance(checkpoint, Committed(objects)))
+        self._remember(checkpoint)
         await self._release(checkpoint, durable_as=checkpoint.id)
         self._retention_due.set()
+
+    def _remember(self, checkpoint: Checkpoint) -> None:
+        """Note which inode was sent under that name, for the last names only."""
+        self._sent.pop(checkpoint.name, None)
+        with suppress(OSError), self._spool.reading(checkpoint, checkpoint.files[0]) as pinned:
+            self._sent[checkpoint.name] = pinned.inode
+        if len(self._sent) > REMEMBERED:
+            del self._sent[next(iter(self._sent))]
 
     async def _supersede(self, checkpoint: Checkpoint, by: Id, *, durable_as: Id | None) -> None:
         await self._uploader.abandon(checkpoint, Superseded(by))
@@ -331,6 +357,6 @@ class Pipeline:
         return deleted
 
 
-def _same_bytes(checkpoint: Checkpoint, listed: Entry) -> bool:
+def _same_file(checkpoint: Checkpoint, listed: Entry) -> bool:
     """Is it the very file that the manifest lists: restored, or found again by a spool that was wiped?"""
     return (listed.size, listed.saved_at) == (checkpoint.size, checkpoint.saved_at)

@@ -17,7 +17,6 @@ the bucket. What cannot be held by a link is held by an open descriptor, which a
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import stat
@@ -31,8 +30,8 @@ from typing import Any, BinaryIO
 
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
-from ckpt_sidecar.disk import Disk, PinnedFile, file_of, files_below
-from ckpt_sidecar.journal import Record, Recovered, dump_entry, load_entry, load_record, pid_of, read_json
+from ckpt_sidecar.disk import Disk, PinnedFile, file_of, leads_to, locked, nameless_bytes
+from ckpt_sidecar.journal import Record, Recovered, dump_entry, load_record, pid_of, read_entry, read_json
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
 
@@ -70,8 +69,9 @@ class Spool:
         `new_id` names a spool that is made new. Raises SpoolError when the directory cannot be used.
         """
         try:
-            self._open_dirs()
-            self._lock()
+            self._open_root()
+            self._open_home()
+            self._lock_file = self._lock()
             return self._read_record(new_id, self.known.read())
         except OSError as error:
             self.close()
@@ -85,13 +85,15 @@ class Spool:
             self.close()
             raise
 
-    def _open_dirs(self) -> None:
+    def _open_root(self) -> None:
         if not self.root.exists():
             if not self.root.parent.is_dir():
                 raise SpoolError(f"no such directory: {self.root.parent} (make it, or mend --watch)")
             self.root.mkdir()
         if not self.root.is_dir():
             raise SpoolError(f"not a directory: {self.root} (--watch takes the checkpoint directory)")
+
+    def _open_home(self) -> None:
         self.disk.make_dir(self.home)
         status = self.home.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
@@ -100,14 +102,26 @@ class Spool:
         for path in (self._caught, self._pins):
             self.disk.make_dir(path)
 
-    def _lock(self) -> None:
-        self._lock_file = (self.home / "lock").open("wb")
+    def _lock(self) -> BinaryIO:
+        if (lock := locked(self.home / "lock")) is None:
+            other = pid_of(self.home)
+            raise SpoolError(f"another ckpt-sidecar serves {self.root} (pid {other}): stop it first")
+        return lock
+
+    def _renew(self) -> None:
+        """Make the spool anew where it went with the watch dir; it stays the same, and its ids go on."""
+        if self._lock_file is None or leads_to(self.home / "lock", self._lock_file):
+            return
+        self.root.stat()  # that one is the trainer's to make
+        self._open_home()
+        lock = self._lock()
         try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SpoolError(
-                f"another ckpt-sidecar serves {self.root} (pid {pid_of(self.home)}): stop it first"
-            ) from None
+            self._save(counter=self._sequence + RESERVE)
+        except OSError:
+            lock.close()
+            raise
+        self._lock_file.close()
+        self._lock_file = lock
 
     def _read_record(self, new_id: str, durable: Sequence[Id]) -> list[str]:
         complaints = []
@@ -175,10 +189,11 @@ class Spool:
             if not stat.S_ISREG(path.lstat().st_mode):
                 return None
             with self._mutex:
+                self._renew()
                 return self._catch_by_link(path, name)
         except FileNotFoundError:
             return None
-        except OSError:  # another user's file, another file system, too many links, a full disk
+        except (OSError, SpoolError):  # another user's file, another file system, too many links, a full disk
             return self._catch_by_descriptor(path, name)
 
     def _catch_by_link(self, path: Path, name: str) -> Caught:
@@ -230,16 +245,8 @@ class Spool:
 
     def held_bytes(self) -> int:
         """Bytes that nothing but our links and descriptors keeps on the disk any more."""
-        total = 0
-        for path in (*files_below(self._caught), *files_below(self._pins)):
-            with suppress(OSError):  # let go of meanwhile
-                status = path.lstat()
-                total += status.st_size if status.st_nlink == 1 else 0
-        for descriptor in (*self._held.values(), *self._pinned_descriptors.values()):
-            with suppress(OSError):
-                status = os.fstat(descriptor)
-                total += status.st_size if status.st_nlink == 0 else 0
-        return total
+        held = (*self._held.values(), *self._pinned_descriptors.values())
+        return nameless_bytes((self._caught, self._pins), held)
 
     # --- pins ---
 
@@ -250,15 +257,18 @@ class Spool:
 
         Returns them, and what could not be pinned with the reason; that stays caught.
         """
-        self.disk.make_dir(self._pins)  # it went with the watch dir, if somebody removed that
         pinned, failed = [], []
+        with self._mutex, suppress(OSError, SpoolError):  # what cannot be pinned says so itself
+            self._renew()
+            self.disk.make_dir(self._pins)
         for caught, file in batch:
             try:
                 with self._mutex:
                     pinned.append(self._pin(caught, file))
             except OSError as error:
                 failed.append((caught, error))
-        self.disk.sync_dir(self._pins)
+        with suppress(FileNotFoundError):  # removed under us: the pins will be missed when they are sent
+            self.disk.sync_dir(self._pins)
         return pinned, failed
 
     def _pin(self, caught: Caught, file: File) -> Checkpoint:
@@ -354,9 +364,9 @@ class Spool:
             if len(files) != 1:
                 found.broken.append((str(path), f"holds {len(files)} files, not one; it is left as it is"))
                 continue
-            name = str(files[0].relative_to(path))
-            now = file_of(name, files[0].stat())
-            checkpoint, complaint = self._read_entry(Checkpoint(id_, name, (now,), now.mtime_ns))
+            now = file_of(str(files[0].relative_to(path)), files[0].stat())
+            bare = Checkpoint(id_, now.name, (now,), now.mtime_ns)
+            checkpoint, complaint = read_entry(self._pins / f"{id_}.json", bare)
             if complaint is not None:
                 found.broken.append((f"{path}.json", complaint))
             found.checkpoints.append(checkpoint)
@@ -364,18 +374,6 @@ class Spool:
         self._recover_lost(found)
         self._recover_caught(found)
         return found
-
-    def _read_entry(self, bare: Checkpoint) -> tuple[Checkpoint, str | None]:
-        """The checkpoint as journalled, or `bare` (pinned) and what is wrong with its entry."""
-        try:
-            read = load_entry(read_json((self._pins / f"{bare.id}.json").read_bytes()))
-        except FileNotFoundError:
-            return bare, None
-        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
-            return bare, f"cannot be read ({error}); the pin itself is whole and is taken up from the start"
-        if (read.id, read.name) != (bare.id, bare.name):
-            return bare, "names another checkpoint than its pin; the pin is taken up from the start"
-        return read, None
 
     def _recover_lost(self, found: Recovered) -> None:
         for path in self._pins.glob("*.json*"):

@@ -196,7 +196,7 @@ class Uploader:
             await self._announcer.met(theirs.id)
             return Superseded(theirs.id)
         if theirs is not None and theirs.id == job.checkpoint.id:
-            crc = await asyncio.to_thread(_crc_of, job.source, job.size)
+            crc = await asyncio.to_thread(crc_of, job.source, job.size)
             if ref.crc64nvme in (None, crc):
                 return Stored((replace(ref, crc64nvme=crc),))
         if theirs is None:
@@ -352,7 +352,7 @@ def _md5(view: memoryview) -> str:
     return hashlib.md5(view, usedforsecurity=False).hexdigest()
 
 
-def _crc_of(source: Source, size: int) -> str:
+def crc_of(source: Source, size: int) -> str:
     """The CRC64NVME of the whole source as S3 writes it, read in small pieces."""
     crc, offset, view = 0, 0, memoryview(bytearray(MIB))
     while offset < size:

@@ -342,8 +342,14 @@ class Watcher:
             hints = hints if self._listing.reason == "interval" else []
         else:
             hints = list(self._held.values())
-        due = [hint for hint in hints if hint.candidate.due <= now]
-        return sorted(due, key=lambda hint: hint.candidate.since)
+        ahead = now - self._wall()  # read once: a pause between two readings would swap files
+
+        def completed(hint: Hint) -> tuple[float, int]:
+            it = hint.candidate
+            listed = it.evidence is Evidence.FOUND
+            return min(it.mtime_ns / 1e9 + ahead, now) if listed else it.since, it.mtime_ns
+
+        return sorted((hint for hint in hints if hint.candidate.due <= now), key=completed)
 
     def _look(self, hint: Hint) -> _Sight | OSError:
         """Look at the held bytes, in a thread."""

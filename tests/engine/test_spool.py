@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -582,6 +583,71 @@ def test_the_directory_can_be_served_again_after_a_close(spool: Spool, root: Pat
     assert (record.spool, record.attempt, record.generation) == ("spool-a", "attempt-1", 3)
     assert (record.address, record.pid) == ("http://127.0.0.1:1", 4711)
     again.close()
+
+
+# --- it goes with its directory ------------------------------------------------------------------------
+
+
+@pytest.mark.fault("B3")
+@pytest.mark.parametrize("how", ["removed", "moved away"])
+def test_a_spool_that_went_with_the_watch_dir_is_made_anew_and_its_ids_go_on(
+    reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path, how: str
+) -> None:
+    """The same spool, ours alone, locked, with its record: a restart gives no id that was ever given."""
+    spool.serving(address="http://127.0.0.1:1", pid=4711)
+    before = [pin(spool, save(root, f"{n}.pt", b"x")).id for n in range(3)]
+    shutil.rmtree(root) if how == "removed" else root.rename(root.with_name("before"))
+    root.mkdir()
+    after = pin(spool, save(root, "x.pt", b"y"))
+    assert after.id > max(before)
+    assert content(spool, after) == b"y"
+    assert spool.home.stat().st_mode & 0o777 == 0o700
+    with pytest.raises(SpoolError, match=r"another ckpt-sidecar serves .* \(pid 4711\)"):
+        Spool(root).open(new_id="spool-b")
+    spool.release(after, durable_as=after.id)
+    (spool.home / "known.jsonl").unlink()
+    again, complaints = reopen()
+    assert (again.record.spool, again.record.attempt, again.record.generation) == ("spool-a", "attempt-1", 3)
+    assert complaints == []
+    assert pin(again, save(root, "z.pt", b"z")).id > after.id
+
+
+@pytest.mark.fault("B3")
+def test_a_watch_dir_that_is_gone_is_not_made_by_us(spool: Spool, root: Path) -> None:
+    """The trainer may be about to make it, and would fail; what was caught there is said to be lost."""
+    file = save(root, "x.pt", b"x")
+    caught = spool.catch("x.pt")
+    assert caught is not None
+    shutil.rmtree(root)
+    assert spool.catch("x.pt") is None
+    pinned, failed = spool.pin([(caught, file)])
+    assert (pinned, [each for each, _ in failed]) == ([], [caught])
+    assert not root.exists()
+
+
+@pytest.mark.fault("B3")
+def test_a_watch_dir_that_goes_while_a_pin_is_made_ends_nothing(spool: Spool, root: Path, disk: Hurt) -> None:
+    """The pin is made, and then misses when it is sent."""
+    file = save(root, "x.pt", b"x")
+    caught = spool.catch("x.pt")
+    assert caught is not None
+    disk.write_file = lambda *_args, **_more: shutil.rmtree(root)  # type: ignore[method-assign]
+    (pinned,), failed = spool.pin([(caught, file)])
+    assert failed == []
+    with pytest.raises(FileNotFoundError), spool.reading(pinned, file):
+        pass
+
+
+@as_root
+@pytest.mark.fault("B3")
+def test_a_spool_that_another_user_puts_in_its_place_is_not_used(spool: Spool, root: Path) -> None:
+    """A descriptor holds the bytes then; nothing is written into it."""
+    shutil.rmtree(spool.home)
+    spool.home.mkdir()
+    os.chown(spool.home, 12345, 12345)
+    pinned = pin(spool, save(root, "x.pt", b"x"))
+    assert content(spool, pinned) == b"x"
+    assert list(spool.home.iterdir()) == []
 
 
 @as_root
