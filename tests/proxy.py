@@ -29,19 +29,20 @@ from typing import Any, Literal, Self, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 T = TypeVar("T")
-PIECE = 65_536  # bytes that are passed on at a time
+PIECE = 262_144  # bytes that are passed on at a time
 FOR_LONG = 1_000_000  # times
 EVERY = ""  # the operation of a rule for all of them
 Fields = Sequence[tuple[str, str]]
 
 
 def operation_of(method: str, target: str) -> tuple[str, str]:
-    """Return S3's name of what is asked for, and the key ("" where it is the bucket that is asked)."""
+    """Return S3's name of what is asked for, and the key; of a list the prefix."""
     parts = urlsplit(target)
     key = unquote(parts.path.lstrip("/").partition("/")[2])
     query = parse_qs(parts.query, keep_blank_values=True)
     marks = [mark for mark in ("uploads", "uploadId", "list-type", "partNumber") if mark in query]
-    return _OPERATIONS.get((method, bool(key), *marks), f"{method} {'+'.join(marks)}".strip()), key
+    operation = _OPERATIONS.get((method, bool(key), *marks), f"{method} {'+'.join(marks)}".strip())
+    return operation, key or query.get("prefix", [""])[0]
 
 
 _OPERATIONS: Mapping[tuple[Any, ...], str] = {
@@ -226,7 +227,7 @@ class Whole(Fault):
 
 @dataclass
 class Rule:
-    """A fault for the requests of an operation on keys that end so: after `passing`, so many `times`."""
+    """A fault for requests of an operation on keys with `key` in them: after `passing`, so many `times`."""
 
     operation: str
     fault: Fault
@@ -237,7 +238,7 @@ class Rule:
 
     def takes(self, operation: str, key: str) -> bool:
         """Is this request one to be hurt? It counts as such then."""
-        if self.operation not in (EVERY, operation) or not key.endswith(self.key) or self.hits >= self.times:
+        if self.operation not in (EVERY, operation) or self.key not in key or self.hits >= self.times:
             return False
         if self.passing:
             self.passing -= 1
@@ -303,7 +304,7 @@ class Exchange:
 
     async def forward(self, *, half: bool = False, damaged: bool = False) -> Upstream:
         """Ask the store, and return its answer; with `half` of the body it gives none, and is left."""
-        reader, writer = await asyncio.open_connection(*self._store)
+        reader, writer = await asyncio.open_connection(*self._store, limit=PIECE)
         self._upstreams.append(writer)
         method, target, version = self.head.line.split(" ")
         target = target[len("http://") :].partition("/")[2] if target.startswith("http://") else target[1:]
@@ -428,7 +429,9 @@ class Proxy:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     async def _up(self) -> None:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port, ssl=self._tls)
+        self._server = await asyncio.start_server(
+            self._connected, "127.0.0.1", self.port, limit=PIECE, ssl=self._tls
+        )
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def _down(self) -> None:
