@@ -185,6 +185,14 @@ def bare(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
+def etag_of(answer: Mapping[str, Any], key: str) -> str:
+    """Return the etag that an answer shows; without one it says nothing about the object."""
+    etag = bare(answer.get("ETag") or "")
+    if not etag:
+        raise Unreachable(f"{key}: the store's answer has no etag", reason="server")
+    return etag
+
+
 def version_of(answer: Mapping[str, Any]) -> str | None:
     """Return the version that an answer names; None where the bucket is not versioned."""
     version = answer.get("VersionId")

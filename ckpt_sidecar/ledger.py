@@ -385,7 +385,7 @@ class Ledger:
             try:
                 await self._delete(each)
                 gone.append(each)
-            except (Denied, Refused) as error:
+            except (Conflict, Denied, Refused) as error:
                 refused = error
         if gone:
             await self.swap(lambda seen: deleted(seen, gone))
@@ -396,5 +396,9 @@ class Ledger:
     async def _delete(self, each: Expiring) -> None:
         try:
             await self._bucket.delete(each.key, when=Unchanged(each.etag), version_id=each.version_id)
-        except (Missing, Conflict):
-            return  # gone already, or a newer save stands there
+        except Missing:
+            return  # gone already
+        except Conflict:
+            there = await self._bucket.head(each.key)
+            if there is not None and there.etag == each.etag:
+                raise  # the store was busy with it

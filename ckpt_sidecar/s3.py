@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ckpt_sidecar import __version__
-from ckpt_sidecar.answers import Asked, bare, scrubbed, translated, version_of
+from ckpt_sidecar.answers import Asked, bare, etag_of, scrubbed, translated, version_of
 from ckpt_sidecar.bodies import BodyThreads, Checks, Held, length_of
 from ckpt_sidecar.bucket import (
     MIB,
@@ -205,7 +205,7 @@ class S3Bucket:
             arguments={**_at(upload), "Bucket": self._name, "PartNumber": span.number},
         )
         answer, crc = await self._asked("upload_part", upload.key, sent)
-        return Part(span.number, span.size, bare(answer["ETag"]), encode_crc64(crc))
+        return Part(span.number, span.size, etag_of(answer, upload.key), encode_crc64(crc))
 
     async def list_parts(self, upload: Upload) -> builtins.list[Part]:
         """As `Bucket.list_parts`."""
@@ -234,8 +234,6 @@ class S3Bucket:
         if self.abilities.checksum and crc:
             arguments |= {"ChecksumType": "FULL_OBJECT", "ChecksumCRC64NVME": crc, "MpuObjectSize": size}
         answer = await self._call("complete_multipart_upload", **arguments)
-        if not answer.get("ETag"):
-            raise Unreachable(f"completing {upload.key} was answered with no etag: look", reason="server")
         ref = self._written(upload.key, size, crc, answer=answer, metadata=metadata)
         return ref if self.abilities.checksum else await self._confirmed(ref)
 
@@ -322,7 +320,7 @@ class S3Bucket:
         return ObjectRef(
             key,
             length_of(answer),
-            bare(answer["ETag"]),
+            etag_of(answer, key),
             answer.get("ChecksumCRC64NVME") if full else None,
             version_of(answer),
             {name.lower(): value for name, value in answer.get("Metadata", {}).items()},
@@ -336,7 +334,7 @@ class S3Bucket:
         if crc and shown and crc != shown:
             raise Corrupt(f"{key} was stored with the checksum {shown}, it should be {crc}")
         told = {name.lower(): value for name, value in metadata.items()}  # as it will be shown
-        return ObjectRef(key, size, bare(answer["ETag"]), crc or shown, version_of(answer), told)
+        return ObjectRef(key, size, etag_of(answer, key), crc or shown, version_of(answer), told)
 
 
 def _at(upload: Upload) -> dict[str, Any]:

@@ -675,6 +675,22 @@ async def test_a_complete_that_fails_after_its_200_did_not_happen_as_far_as_we_k
         }
 
 
+@pytest.mark.fault("C6")
+@pytest.mark.usefixtures("credentials")
+@pytest.mark.parametrize("etag", [{}, {"ETag": '""'}])
+async def test_an_answer_without_an_etag_says_nothing(etag: dict[str, Any]) -> None:
+    """A gateway's 200 for whatever it is asked: neither written nor there, nor a reason to die."""
+    async with store(saying("200 OK", **etag)) as (bucket, _):
+        asking = asking_all(bucket)
+        verbs = ["get", "head", "put", "put of a source", "put_part", "complete_multipart", "probe"]
+        for verb in verbs:
+            with pytest.raises(Unreachable, match="etag") as caught:
+                await asking.pop(verb)
+            assert caught.value.reason == "server", verb
+        for unasked in asking.values():
+            unasked.close()  # type: ignore[attr-defined]
+
+
 @pytest.mark.usefixtures("credentials")
 async def test_an_object_of_another_size_or_checksum_than_its_parts_is_corrupt() -> None:
     """Whether the answer shows it, or a look afterwards."""

@@ -661,6 +661,21 @@ async def test_retention_leaves_a_newer_object_alone(*, able: bool) -> None:
     assert manifest_in(bucket).expiring == ()
 
 
+async def test_retention_of_a_key_that_the_store_is_busy_with_goes_on(
+    bucket: MemoryBucket, steps: Steps
+) -> None:
+    """S3 answers 409 then, although nobody has changed the object: it is deleted the next time."""
+    ledger = await claimed(steps)
+    await four(bucket, ledger)
+    steps.fail("delete", Conflict("busy"), "1.pt")
+    with pytest.raises(Conflict, match="busy"):
+        await ledger.expire(2, spare=never)
+    assert sorted(bucket.objects) == ["job/1.pt", "job/3.pt", "job/4.pt", LATEST]
+    await ledger.expire(2, spare=never)
+    assert sorted(bucket.objects) == ["job/3.pt", "job/4.pt", LATEST]
+    assert manifest_in(bucket).expiring == ()
+
+
 @pytest.mark.fault("D10")
 @pytest.mark.parametrize("lost", [True, False])
 async def test_retention_that_was_cut_goes_on(bucket: MemoryBucket, steps: Steps, *, lost: bool) -> None:

@@ -162,6 +162,22 @@ async def test_a_corrupt_object_is_passed_over(rig: Rig) -> None:
     assert "1-2 the bytes of job/2.pt do not agree with their checksum" in rig.fell_back[0]
 
 
+async def test_bytes_that_are_damaged_on_their_way_are_fetched_again(rig: Rig) -> None:
+    """The object is good: nobody goes back to an older one for a bit that fell over in a switch."""
+    await rig.commit(1)
+    await rig.commit(2)
+    good = rig.memory.objects["job/2.pt"]
+
+    async def mended() -> None:
+        rig.memory.objects["job/2.pt"] = good
+
+    rig.damage("2.pt")
+    rig.bucket.on("get_range", "2.pt", after=mended)
+    assert (await rig.restore()).word == "restored"
+    assert rig.files() == {"2.pt": b"weights of 2"}
+    assert rig.fell_back == []
+
+
 async def test_a_missing_object_is_passed_over(rig: Rig) -> None:
     """Somebody deleted it: the next checkpoint is taken."""
     await rig.commit(1)
