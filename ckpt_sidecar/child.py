@@ -53,8 +53,23 @@ class Child:
             self._starting = False
         for number in self._early:
             self.send(number)
-        code = await self._process.wait()
+        try:
+            code = await self._process.wait()
+        except asyncio.CancelledError:  # we are about to end without it: nobody trains on unobserved
+            await self._end(self._process)
+            raise
         return 128 - code if code < 0 else code
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Ask it to stop; kill it when its grace is over."""
+        self._signal(signal.SIGTERM)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._grace):
+                    await process.wait()
+        finally:
+            self._signal(signal.SIGKILL)
+        await process.wait()
 
     def send(self, number: signal.Signals, *, has_it: bool = False) -> bool:
         """Pass a signal on; False when there is no child (yet, or any more).

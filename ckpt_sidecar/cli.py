@@ -96,7 +96,8 @@ def cli(context: click.Context, /, **given: Any) -> None:
     drain. With `-- COMMAND` it does the same around that command.
 
     Exit codes: 0 all is durable; 1 an error; 2 usage; 3 not everything was durable at the drain deadline;
-    4 another sidecar holds the prefix; 5 nothing could be restored although the bucket holds checkpoints.
+    4 another sidecar holds the prefix; 5 nothing could be restored although the bucket holds checkpoints;
+    70 a bug ended it, and the log has the traceback.
     After `--` the command's own code, when it is not 0.
     """
     _check_child(context)

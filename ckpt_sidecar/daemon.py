@@ -9,7 +9,9 @@ import random
 import secrets
 import signal
 import socket
+import threading
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -109,6 +111,7 @@ def run_daemon(settings: Settings, command: Sequence[str]) -> End:
     for number in STOPS:  # until the loop takes them; PID 1 would not even notice
         signal.signal(number, _stopped_early)
     log = _start_log(settings)
+    threading.excepthook = log.thread_crashed
     book = Book()
     readers: list[Tell] = [_with_progress(log.tell)]
 
@@ -116,14 +119,17 @@ def run_daemon(settings: Settings, command: Sequence[str]) -> End:
         for reader in readers:
             reader(event)
 
-    with _spool(settings, tell) as spool:
-        try:
+    try:
+        with _spool(settings, tell) as spool:
             return asyncio.run(_daemon(settings, command, spool=spool, book=book, readers=readers, tell=tell))
-        except BaseExceptionGroup as group:
-            error = _leaf(group)
-            if isinstance(error, CannotRun | CannotListen):
-                raise click.ClickException(str(error)) from None
-            raise
+    except click.ClickException:
+        raise
+    except Exception as error:  # noqa: BLE001  (a bug: the journal makes a restart safe)
+        leaf = _leaf(error)
+        if isinstance(leaf, CannotRun | CannotListen):
+            raise click.ClickException(str(leaf)) from None
+        log.crashed(error)
+        return End(Exit.CRASHED, f"a bug has ended it: {type(leaf).__name__}: {leaf}")
 
 
 def _stopped_early(number: int, _frame: object) -> None:
@@ -152,11 +158,46 @@ async def _daemon(
         world = World(bucket, _times(), time.monotonic, _me(settings), tell)
         sidecar = Sidecar(settings, world, spool=spool, book=book)
         child = Child(command, grace=settings.drain_timeout) if command else None
-        with _signals(sidecar, child):
-            return await sidecar.run(
-                lambda: serve(host, port, status=status, metrics=metrics, now=time.time, on_bound=bound),
-                child,
-            )
+        async with _no_bug_is_lost():
+            with _signals(sidecar, child):
+                return await sidecar.run(
+                    lambda: serve(host, port, status=status, metrics=metrics, now=time.time, on_bound=bound),
+                    child,
+                )
+
+
+@asynccontextmanager
+async def _no_bug_is_lost() -> AsyncIterator[None]:
+    """End also at an error of ours that no task would raise: in a callback, or in a task nobody waits for.
+
+    What the libraries do among themselves (a connection that was lost twice) is only logged.
+    """
+    loop = asyncio.get_running_loop()
+    lost: asyncio.Future[None] = loop.create_future()
+
+    def take(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Exception) and _is_ours(error) and not lost.done():
+            lost.set_exception(error)
+        else:
+            loop.default_exception_handler(context)
+
+    async def raise_lost() -> None:
+        await lost
+
+    loop.set_exception_handler(take)
+    async with asyncio.TaskGroup() as group:
+        raising = group.create_task(raise_lost(), name="bugs")
+        try:
+            yield
+        finally:
+            raising.cancel()
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Has it come through our code?"""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith(f"{__package__}.") for frame in frames)
 
 
 def _reachable(host: str) -> str:
@@ -195,9 +236,8 @@ def _in_foreground() -> bool:
         return False
 
 
-def _leaf(group: BaseExceptionGroup[Any]) -> BaseException:
-    """The first single error inside a group."""
-    error: BaseException = group
+def _leaf(error: BaseException) -> BaseException:
+    """The first single error, where it is a group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -43,6 +43,7 @@ class Exit(IntEnum):
     NOT_DURABLE = 3
     FENCED = 4
     NOTHING_RESTORED = 5
+    CRASHED = 70  # EX_SOFTWARE of sysexits.h
 
 
 @dataclass(frozen=True, slots=True)
