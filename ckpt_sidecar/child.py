@@ -11,6 +11,8 @@ from contextlib import suppress
 # What a supervisor or a person sends to the job.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
+# A hang-up ends who has no trainer to pass it on to. It is no second stop: systemd may send both at once.
+ENDS = STOPS | {signal.SIGHUP}
 
 
 class CannotRun(Exception):
@@ -82,7 +84,7 @@ class Child:
             return True
         if number in STOPS and self._stop is not None:
             number = signal.SIGKILL
-        elif number in STOPS:
+        elif number in STOPS or (number in ENDS and self._process is None):
             self._stop = number
             if self._process is not None:
                 asyncio.get_running_loop().call_later(self._grace, self._signal, signal.SIGKILL)

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import click
 from ckpt_sidecar import __version__
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Missing
 from ckpt_sidecar.checkpoint import Book
-from ckpt_sidecar.child import FORWARDED, STOPS, CannotRun, Child
+from ckpt_sidecar.child import ENDS, FORWARDED, STOPS, CannotRun, Child
 from ckpt_sidecar.document import MAX_MANIFEST_BYTES, Mangled, UnknownSchema, dump_entry, parse
 from ckpt_sidecar.events import Event, Failed, Progress
 from ckpt_sidecar.formats import flaw_of
@@ -108,7 +108,7 @@ def _spool(settings: Settings, tell: Tell) -> Iterator[Spool]:
 
 def run_daemon(settings: Settings, command: Sequence[str]) -> End:
     """Run one sidecar's life, around `command` if there is one; return how it ended."""
-    for number in STOPS:  # until the loop takes them; PID 1 would not even notice
+    for number in _heard(ENDS):  # until the loop takes them; PID 1 would not even notice
         signal.signal(number, _stopped_early)
     log = _start_log(settings)
     threading.excepthook = log.thread_crashed
@@ -130,6 +130,12 @@ def run_daemon(settings: Settings, command: Sequence[str]) -> End:
             raise click.ClickException(str(leaf)) from None
         log.crashed(error)
         return End(Exit.CRASHED, f"a bug has ended it: {type(leaf).__name__}: {leaf}")
+
+
+def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those that we take; under `nohup` a hang-up is none of them."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [each for each in signals if not (ignored and each is signal.SIGHUP)]
 
 
 def _stopped_early(number: int, _frame: object) -> None:
@@ -215,10 +221,10 @@ def _signals(sidecar: Sidecar, child: Child | None) -> Iterator[None]:
             return
         if number in STOPS and sidecar.stop.is_set():
             sidecar.hurry.set()
-        elif number in STOPS:
+        elif number in ENDS:
             sidecar.stop.set()
 
-    taken = FORWARDED if child is not None else tuple(STOPS)
+    taken = _heard(FORWARDED if child is not None else ENDS)
     for number in taken:
         loop.add_signal_handler(number, take, number)
     try:

@@ -1,0 +1,184 @@
+"""The end of the process: who asks for it, what is still done, by when, and what it says of the rest."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from tests.conftest import ON_ONE
+from tests.whole.running import Daemon, Target, daemon, save, until
+
+
+@pytest.fixture
+def target(s3_endpoint: str) -> Target:
+    """A fresh bucket on a real server."""
+    return Target.new(s3_endpoint)
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Path:
+    """Where a watch dir will be."""
+    return tmp_path / "ckpt"
+
+
+class Tap:
+    """The way to a server, which can be shut: then nothing comes through, in either direction."""
+
+    def __init__(self, endpoint: str) -> None:
+        host, port = endpoint.removeprefix("http://").rstrip("/").split(":")
+        self._to = (host, int(port))
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._server]
+        self.open = threading.Event()
+        self.open.set()
+
+    @property
+    def endpoint(self) -> str:
+        """Where the way begins."""
+        return f"http://127.0.0.1:{self._server.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open.set()
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                here, _ = self._server.accept()
+                there = socket.create_connection(self._to)
+                self._sockets += [here, there]
+                for pair in ((here, there), (there, here)):
+                    threading.Thread(target=self._pass_on, args=pair, daemon=True).start()
+
+    def _pass_on(self, here: socket.socket, there: socket.socket) -> None:
+        with suppress(OSError):
+            while data := here.recv(65536):
+                self.open.wait()
+                there.sendall(data)
+            there.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture
+def tap(s3_endpoint: str) -> Iterator[Tap]:
+    """The way to the server."""
+    with Tap(s3_endpoint) as tap:
+        yield tap
+
+
+def held_up(it: Daemon, tap: Tap, count: int) -> list[str]:
+    """Shut the way, save so many files one after the other; return their names, the newest first."""
+    tap.open.clear()
+    names = [f"{n}.pt" for n in range(count)]
+    for n, name in enumerate(names):
+        save(it.watch / name, b"weights %d" % n, age=count - n)
+        it.wait_said("checkpoint_pinned", name=name)
+    return names[::-1]
+
+
+# --- which signals ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E2")
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGHUP,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+    ],
+)
+@ON_ONE
+def test_whoever_asks_for_the_end_gets_a_drain(
+    watch: Path, target: Target, tap: Tap, number: signal.Signals
+) -> None:
+    """Newest first, but for the one that was being sent; then all is durable, and the code is 0."""
+    with daemon(watch, replace(target, endpoint=tap.endpoint), "--workers", "1") as it:
+        it.wait_ready()
+        names = held_up(it, tap, 4)
+        it.process.send_signal(number)
+        assert it.wait_said("draining")["left"] == 4
+        tap.open.set()
+        assert it.ended() == 0
+        sent = [each["name"] for each in it.events("checkpoint_committed")]
+        assert sent == [names[-1], *names[:-1]]
+        assert it.events()[-1]["event"] == "drained"
+        assert it.events()[-1]["left"] == []
+    assert sorted(target.listed()) == sorted(names)
+
+
+@pytest.mark.fault("E2")
+@ON_ONE
+def test_who_was_started_by_nohup_outlives_the_hang_up_and_every_broken_pipe(
+    watch: Path, target: Target
+) -> None:
+    """Neither is taken for the end."""
+    with daemon(watch, target, before=("nohup",)) as it:
+        it.wait_ready()
+        it.process.send_signal(signal.SIGHUP)
+        it.process.send_signal(signal.SIGPIPE)
+        save(watch / "a.pt", b"weights")
+        it.wait_durable("a.pt")
+        assert it.events("draining") == []
+        assert it.stop() == 0
+
+
+@pytest.mark.fault("E2")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_anything_has_begun_ends_it_quietly(watch: Path, number: signal.Signals) -> None:
+    """Sent at the first sign of life: no traceback, and a code that a shell knows."""
+    nowhere = Target("http://127.0.0.1:9", "models")
+    with daemon(watch, nowhere) as it:
+        until((watch / ".ckpt-sidecar").exists)
+        it.process.send_signal(number)
+        assert it.ended() in (0, 128 + number)
+
+
+@pytest.mark.fault("E2")
+@ON_ONE
+def test_a_hang_up_reaches_the_trainer_as_it_is(watch: Path, target: Target) -> None:
+    """Many take it for `read your settings again`, and go on; the sidecar drains when the trainer ends."""
+    script = f"""
+import signal, sys
+hung_up = []
+def again(*_):
+    hung_up.append(1)
+    open({str(watch.parent)!r} + f"/hung-up-{{len(hung_up)}}", "w")
+signal.signal(signal.SIGHUP, again)
+open({str(watch.parent / "up")!r}, "w")
+while len(hung_up) < 2:
+    signal.pause()
+open({str(watch / "last.pt")!r}, "wb").write(b"the last words")
+sys.exit(7)
+"""
+    with daemon(watch, target, "--", sys.executable, "-c", script) as it:
+        it.until((watch.parent / "up").exists)
+        for n in (1, 2):
+            it.process.send_signal(signal.SIGHUP)
+            until((watch.parent / f"hung-up-{n}").exists)
+        assert it.ended() == 7
+    assert target.holds("last.pt", b"the last words")
+
+
+def test_a_hang_up_before_the_trainer_is_there_keeps_it_from_being_started(watch: Path) -> None:
+    """Its exit code is not that of a trainer that has done its work."""
+    with daemon(watch, Target("http://127.0.0.1:9", "models"), "--", "touch", str(watch / "trained")) as it:
+        it.wait_said("not_ready")
+        it.process.send_signal(signal.SIGHUP)
+        assert it.ended() == 128 + signal.SIGHUP
+    assert not (watch / "trained").exists()
