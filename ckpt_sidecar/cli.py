@@ -6,6 +6,7 @@ Heavy modules are imported where they are used, so that `--help`, `latest` and `
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -109,12 +110,18 @@ def cli(context: click.Context, /, **given: Any) -> None:
 
         settings = settings_from(given)
         try:
-            end = run_daemon(settings, context.obj or [])
+            end = run_daemon(settings, context.obj or [], _leave)
         except click.ClickException as error:
             _last_words(error.message)
             raise
         _last_words(end.reason)
         raise SystemExit(int(end.code))
+
+
+def _leave(code: int, reason: str) -> None:
+    """End the process at once: what still waits in a thread would hold up every other way out."""
+    _last_words(reason)
+    os._exit(code)
 
 
 def _check_child(context: click.Context) -> None:

@@ -106,8 +106,11 @@ def _spool(settings: Settings, tell: Tell) -> Iterator[Spool]:
 # --- the daemon --------------------------------------------------------------------------------------
 
 
-def run_daemon(settings: Settings, command: Sequence[str]) -> End:
-    """Run one sidecar's life, around `command` if there is one; return how it ended."""
+def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int, str], None]) -> End:
+    """Run one sidecar's life, around `command` if there is one; return how it ended.
+
+    `leave` ends the process at once, with a code and a reason, where its end cannot be waited for.
+    """
     for number in _heard(ENDS):  # until the loop takes them; PID 1 would not even notice
         signal.signal(number, _stopped_early)
     log = _start_log(settings)
@@ -121,7 +124,16 @@ def run_daemon(settings: Settings, command: Sequence[str]) -> End:
 
     try:
         with _spool(settings, tell) as spool:
-            return asyncio.run(_daemon(settings, command, spool=spool, book=book, readers=readers, tell=tell))
+            daemon = _daemon(
+                settings,
+                command,
+                spool=spool,
+                book=book,
+                readers=readers,
+                tell=tell,
+                leave=lambda end: leave(end.code, end.reason),
+            )
+            return asyncio.run(daemon)
     except click.ClickException:
         raise
     except Exception as error:  # noqa: BLE001  (a bug: the journal makes a restart safe)
@@ -143,7 +155,14 @@ def _stopped_early(number: int, _frame: object) -> None:
 
 
 async def _daemon(
-    settings: Settings, command: Sequence[str], *, spool: Spool, book: Book, readers: list[Tell], tell: Tell
+    settings: Settings,
+    command: Sequence[str],
+    *,
+    spool: Spool,
+    book: Book,
+    readers: list[Tell],
+    tell: Tell,
+    leave: Callable[[End], None],
 ) -> End:
     metrics = Metrics(version=__version__, python=platform.python_version(), clock=time.time, book=book)
     status = Status(
@@ -161,7 +180,7 @@ async def _daemon(
         spool.serving(address=f"{_reachable(host)}:{port}", pid=os.getpid())
 
     async with _bucket(settings, tell) as bucket:
-        world = World(bucket, _times(), time.monotonic, _me(settings), tell)
+        world = World(bucket, _times(), time.monotonic, _me(settings), tell, leave)
         sidecar = Sidecar(settings, world, spool=spool, book=book)
         child = Child(command, grace=settings.drain_timeout) if command else None
         async with _no_bug_is_lost():

@@ -34,6 +34,8 @@ from ckpt_sidecar.settings import Settings
 from ckpt_sidecar.spool import Spool
 from ckpt_sidecar.watcher import Watcher
 
+OVERTIME = 2.0  # seconds after the drain deadline for whoever works to hear that it is over
+
 
 class Exit(IntEnum):
     """Exit codes; 2 (usage) is the command line's."""
@@ -58,7 +60,8 @@ class End:
 class World:
     """What is outside: the bucket, time and chance, who we are, and who listens to events.
 
-    `seconds` is monotonic. `me` is this process as the manifest names it (its spool is filled in).
+    `seconds` is monotonic. `me` is this process as the manifest names it (its spool is filled in). `leave`
+    ends the process at once: for a drain that is over while a thread still waits for a dead socket or disk.
     """
 
     bucket: PatientBucket
@@ -66,6 +69,7 @@ class World:
     seconds: Callable[[], float]
     me: Holder
     tell: Callable[[Event], None]
+    leave: Callable[[End], None] = lambda _: None
 
 
 class Sidecar:
@@ -81,6 +85,7 @@ class Sidecar:
         self._claimed_in = spool.record.attempt
         self._landing = Landing(settings.watch)
         self._failed_restore = ""
+        self._trained = 0
         self._taking: asyncio.Task[None] | None = None
         self._not_ready = "the bucket had not answered yet"
         self._ledger = Ledger(
@@ -120,11 +125,13 @@ class Sidecar:
         """Live until stopped, or until the child has ended; return how it ended."""
         async with asyncio.TaskGroup() as services:
             web = services.create_task(serve(), name="web")
+            overdue = services.create_task(self._leave_when_overdue(), name="overdue")
             try:
                 return await self._live(child)
             finally:
                 self._watcher.close()
                 web.cancel()
+                overdue.cancel()
 
     async def _live(self, child: Child | None) -> End:
         await self._take_up()
@@ -164,7 +171,8 @@ class Sidecar:
 
     async def _train(self, child: Child) -> int:
         try:
-            return await child.run()
+            self._trained = await child.run()
+            return self._trained
         finally:
             self.stop.set()
 
@@ -293,6 +301,16 @@ class Sidecar:
         self._world.tell(Draining(self._settings.drain_timeout, len(self._pipeline.book)))
         await self.hurry.wait()
         deadline.reschedule(now)
+
+    async def _leave_when_overdue(self) -> None:
+        """End without those who do not hear that the drain is over: a kill is safe, and so is this."""
+        await self.stop.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_timeout):
+                await self.hurry.wait()
+        await asyncio.sleep(OVERTIME + self._settings.settle)
+        end = self._end()
+        self._world.leave(End(self._trained or end.code, end.reason))
 
     def _end(self) -> End:
         left = tuple(each.name for each in drain_order(self._pipeline.book))

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -38,6 +39,7 @@ class Tap:
         self._to = (host, int(port))
         self._server = socket.create_server(("127.0.0.1", 0))
         self._sockets = [self._server]
+        self.allows = sys.maxsize  # bytes, after which it shuts by itself
         self.open = threading.Event()
         self.open.set()
 
@@ -69,6 +71,9 @@ class Tap:
     def _pass_on(self, here: socket.socket, there: socket.socket) -> None:
         with suppress(OSError):
             while data := here.recv(65536):
+                self.allows -= len(data)
+                if self.allows < 0:
+                    self.open.clear()
                 self.open.wait()
                 there.sendall(data)
             there.shutdown(socket.SHUT_WR)
@@ -120,6 +125,29 @@ def test_whoever_asks_for_the_end_gets_a_drain(
         assert it.events()[-1]["event"] == "drained"
         assert it.events()[-1]["left"] == []
     assert sorted(target.listed()) == sorted(names)
+
+
+@pytest.mark.fault("E2")
+@ON_ONE
+def test_a_second_signal_ends_it_now_but_a_hang_up_is_none(watch: Path, target: Target, tap: Tap) -> None:
+    """Some (systemd) send SIGHUP beside SIGTERM. Asked twice it exits 3, keeps the pins, and lists them."""
+    with daemon(watch, replace(target, endpoint=tap.endpoint), "--drain-timeout", "3600") as it:
+        it.wait_ready()
+        names = held_up(it, tap, 3)
+        it.process.send_signal(signal.SIGTERM)
+        it.wait_said("draining")
+        it.process.send_signal(signal.SIGHUP)
+        assert it.ask("/healthz") == (200, "ok\n")  # the loop has come round since
+        assert it.events("drained") == []
+        assert it.stop() == 3
+        assert it.events()[-1]["event"] == "drained"
+        assert it.events()[-1]["left"] == names
+    for name in names:
+        (watch / name).unlink()
+    with daemon(watch, target) as again:
+        for n, name in enumerate(names[::-1]):
+            again.wait_durable(name, b"weights %d" % n)
+        assert again.stop() == 0
 
 
 @pytest.mark.fault("E2")
@@ -182,3 +210,76 @@ def test_a_hang_up_before_the_trainer_is_there_keeps_it_from_being_started(watch
         it.process.send_signal(signal.SIGHUP)
         assert it.ended() == 128 + signal.SIGHUP
     assert not (watch / "trained").exists()
+
+
+# --- by when, and what is left ----------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E3")
+@ON_ONE
+def test_when_the_time_is_over_it_ends_and_lists_what_is_left_newest_first(
+    watch: Path, target: Target, tap: Tap
+) -> None:
+    """Also with a store that says nothing at all: it waits for no socket. The next life does the rest."""
+    with daemon(watch, replace(target, endpoint=tap.endpoint), "--drain-timeout", "1") as it:
+        it.wait_ready()
+        names = held_up(it, tap, 5)
+        it.process.send_signal(signal.SIGTERM)
+        asked = time.monotonic()
+        assert it.ended() == 3
+        assert time.monotonic() - asked < 30  # a socket's own patience is 60
+        assert it.events()[-1]["event"] == "drained"
+        assert it.events()[-1]["left"] == names
+    for name in names:
+        (watch / name).unlink()
+    with daemon(watch, target) as again:
+        for n, name in enumerate(names[::-1]):
+            again.wait_durable(name, b"weights %d" % n)
+        assert again.stop() == 0
+
+
+@pytest.mark.long
+@pytest.mark.fault("E3")
+@ON_ONE
+def test_what_can_be_sent_in_time_is_the_newest(watch: Path, target: Target, tap: Tap) -> None:
+    """The store wakes up late: the newest is durable, the rest is listed, and nothing is in both."""
+    with daemon(
+        watch, replace(target, endpoint=tap.endpoint), "--workers", "1", "--drain-timeout", "6"
+    ) as it:
+        it.wait_ready()
+        names = held_up(it, tap, 40)
+        it.process.send_signal(signal.SIGTERM)
+        it.wait_said("draining")
+        tap.open.set()
+        it.until(lambda: len(it.events("checkpoint_committed")) >= 3)
+        tap.open.clear()
+        assert it.ended() == 3
+        tap.open.set()
+        sent = [each["name"] for each in it.events("checkpoint_committed")]
+        left = it.events("drained")[-1]["left"]
+    assert sent[0] == names[-1]  # it was being sent
+    assert sent[1:] == names[: len(sent) - 1]
+    assert left == names[len(sent) - 1 : -1]
+    assert set(sent) <= set(target.listed())
+
+
+@pytest.mark.long
+@pytest.mark.fault("E3")
+@ON_ONE
+def test_a_restore_that_hangs_does_not_hold_up_the_end(watch: Path, target: Target, tap: Tap) -> None:
+    """Asked to stop before it is ready, while the rest of the checkpoint never comes."""
+    with daemon(watch.parent / "other", target) as first:
+        first.wait_ready()
+        body = save(first.watch / "a.pt", b"weights" * 3_000_000)
+        first.wait_durable("a.pt")
+        assert first.stop() == 0
+    tap.allows = len(body) // 2
+    with daemon(watch, replace(target, endpoint=tap.endpoint), "--drain-timeout", "1") as it:
+        it.until(lambda: not tap.open.is_set())
+        it.process.send_signal(signal.SIGTERM)
+        assert it.ended() == 0
+    assert not (watch / "a.pt").exists()
+    with daemon(watch, target) as again:
+        again.wait_ready()
+        assert (watch / "a.pt").read_bytes() == body
+        assert again.stop() == 0

@@ -101,7 +101,7 @@ def named_tasks() -> set[str]:
     return names
 
 
-TASKS = ("web", "take-in", "drain", "retention", "upload-0")
+TASKS = ("web", "take-in", "drain", "retention", "upload-0", "overdue")
 
 
 def ends_of_a_bug(it: Daemon) -> None:
