@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
+ORPHAN_SECONDS = 1.0
 # What a supervisor or a person sends to the job.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
@@ -99,3 +101,31 @@ class Child:
         with suppress(ProcessLookupError):  # it has just ended, and that is not yet told
             os.kill(self._process.pid, number)
         return True
+
+
+async def reap_orphans() -> None:
+    """As PID 1: bury the processes that ended as ours because their parents were gone; for ever.
+
+    One that is still to be buried after a second is such a one: who starts a process waits for its end.
+    """
+    dead: set[int] = set()
+    while True:
+        dead = _reap(dead)
+        await asyncio.sleep(ORPHAN_SECONDS)
+
+
+def _reap(dead: set[int]) -> set[int]:
+    """Bury those that were dead already; return those that have died since."""
+    unburied = {pid for pid in _children() if os.waitid(os.P_PID, pid, _JUST_LOOK) is not None}
+    for pid in unburied & dead:
+        os.waitpid(pid, os.WNOHANG)
+    return unburied - dead
+
+
+_JUST_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def _children() -> Iterator[int]:
+    for thread in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # that thread has just ended
+            yield from map(int, thread.read_text().split())

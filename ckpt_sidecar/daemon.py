@@ -23,7 +23,7 @@ import click
 from ckpt_sidecar import __version__
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Missing
 from ckpt_sidecar.checkpoint import Book
-from ckpt_sidecar.child import ENDS, FORWARDED, STOPS, CannotRun, Child
+from ckpt_sidecar.child import ENDS, FORWARDED, STOPS, CannotRun, Child, reap_orphans
 from ckpt_sidecar.document import MAX_MANIFEST_BYTES, Mangled, UnknownSchema, dump_entry, parse
 from ckpt_sidecar.events import Event, Failed, Progress
 from ckpt_sidecar.formats import flaw_of
@@ -212,11 +212,14 @@ async def _no_bug_is_lost() -> AsyncIterator[None]:
 
     loop.set_exception_handler(take)
     async with asyncio.TaskGroup() as group:
-        raising = group.create_task(raise_lost(), name="bugs")
+        tasks = [group.create_task(raise_lost(), name="bugs")]
+        if os.getpid() == 1:
+            tasks.append(group.create_task(reap_orphans(), name="orphans"))
         try:
             yield
         finally:
-            raising.cancel()
+            for task in tasks:
+                task.cancel()
 
 
 def _is_ours(error: BaseException) -> bool:

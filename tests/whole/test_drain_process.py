@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Self
 
 import pytest
 
 from tests.conftest import ON_ONE
-from tests.whole.running import Daemon, Target, daemon, save, until
+from tests.whole.running import SECONDS, Daemon, Target, daemon, save, until
 
 
 @pytest.fixture
@@ -283,3 +286,124 @@ def test_a_restore_that_hangs_does_not_hold_up_the_end(watch: Path, target: Targ
         again.wait_ready()
         assert (watch / "a.pt").read_bytes() == body
         assert again.stop() == 0
+
+
+# --- as PID 1 ---------------------------------------------------------------------------------------------
+
+CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+
+@cache
+def has_pid_namespaces() -> bool:
+    """Does the kernel let us make one?"""
+    tried = subprocess.run([*CONTAINER, "true"], capture_output=True, timeout=SECONDS, check=False)
+    return tried.returncode == 0
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that somebody outside of the namespace sees as its children."""
+    found = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(each) for text in found for each in text.split()]
+
+
+def state_of(pid: int) -> str:
+    """Return the letter of the process's state, Z for a zombie; "" when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+class Container:
+    """A sidecar that is PID 1 in a namespace of its own."""
+
+    def __init__(self, it: Daemon) -> None:
+        self.it = it
+        (self.pid,) = it.until(lambda: children_of(it.process.pid))
+
+    def zombies(self) -> list[int]:
+        """Return its children that are dead and not buried."""
+        return [pid for pid in children_of(self.pid) if state_of(pid) == "Z"]
+
+    def stop(self, *numbers: signal.Signals) -> int:
+        """Send it the signals, and return its exit code, which unshare passes on."""
+        for number in numbers:
+            os.kill(self.pid, number)
+        return self.it.ended()
+
+
+@contextmanager
+def container(watch: Path, target: Target, *more: str) -> Iterator[Container]:
+    """Run a sidecar as PID 1."""
+    if not has_pid_namespaces():
+        pytest.skip("no PID namespace to be had here")
+    with daemon(watch, target, *more, before=CONTAINER) as it:
+        yield Container(it)
+
+
+# Leaves so many grandchildren behind: they are its own children's, whom it has waited for.
+LEAVES_ORPHANS = """
+import os, sys, time
+def leave(seconds):
+    if os.fork() == 0:
+        if os.fork() == 0:
+            time.sleep(seconds)
+        os._exit(0)
+    os.wait()
+for n in range(5):
+    leave(0.01)
+"""
+
+
+@pytest.mark.fault("E2", "E13")
+@ON_ONE
+def test_as_pid_1_with_a_trainer_no_zombie_stays(watch: Path, target: Target) -> None:
+    """What its data loaders leave behind is buried; its own exit code is not taken from it."""
+    script = f"""{LEAVES_ORPHANS}
+import signal
+signal.signal(signal.SIGTERM, lambda *_: (open({str(watch / "last.pt")!r}, "wb").write(b"last"), sys.exit(7)))
+open({str(watch.parent / "left")!r}, "w")
+while True:
+    time.sleep(0.01)
+"""
+    with container(watch, target, "--", sys.executable, "-c", script) as its:
+        its.it.until((watch.parent / "left").exists)
+        its.it.until(lambda: len(children_of(its.pid)) == 1)  # the trainer alone
+        assert its.zombies() == []
+        assert its.stop(signal.SIGTERM) == 7
+    assert target.holds("last.pt", b"last")
+
+
+@pytest.mark.long
+@pytest.mark.fault("E2")
+@ON_ONE
+def test_as_pid_1_without_a_trainer_it_drains_and_no_zombie_stays(
+    watch: Path, target: Target, tap: Tap
+) -> None:
+    """Whoever is run in its container (`kubectl exec`) may leave orphans, too."""
+    with container(watch, replace(target, endpoint=tap.endpoint), "--workers", "1") as its:
+        its.it.until(lambda: its.it.events("ready"))
+        inside = ["nsenter", f"--target={its.pid}", "--pid", sys.executable, "-c", LEAVES_ORPHANS]
+        subprocess.run(inside, check=True, timeout=SECONDS)
+        its.it.until(lambda: children_of(its.pid) == [])
+        names = held_up(its.it, tap, 3)
+        os.kill(its.pid, signal.SIGTERM)
+        its.it.wait_said("draining")
+        tap.open.set()
+        assert its.it.ended() == 0
+        sent = [each["name"] for each in its.it.events("checkpoint_committed")]
+        assert sent == [names[-1], *names[:-1]]
+
+
+@pytest.mark.long
+@pytest.mark.fault("E2")
+@ON_ONE
+def test_as_pid_1_a_second_signal_ends_it_now(watch: Path, target: Target, tap: Tap) -> None:
+    """With 3, and what is left is listed."""
+    with container(watch, replace(target, endpoint=tap.endpoint)) as its:
+        its.it.until(lambda: its.it.events("ready"))
+        names = held_up(its.it, tap, 3)
+        os.kill(its.pid, signal.SIGTERM)
+        its.it.wait_said("draining")
+        assert its.stop(signal.SIGINT) == 3
+        assert its.it.events("drained")[-1]["left"] == names
