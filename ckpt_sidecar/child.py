@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from pathlib import Path
 
+ORPHAN_SECONDS = 1.0
 # What a supervisor or a person sends to the job.
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STOPS = frozenset({signal.SIGTERM, signal.SIGINT})
+# A hang-up ends who has no trainer to pass it on to. It is no second stop: systemd may send both at once.
+ENDS = STOPS | {signal.SIGHUP}
 
 
 class CannotRun(Exception):
@@ -53,8 +57,23 @@ class Child:
             self._starting = False
         for number in self._early:
             self.send(number)
-        code = await self._process.wait()
+        try:
+            code = await self._process.wait()
+        except asyncio.CancelledError:  # we are about to end without it: nobody trains on unobserved
+            await self._end(self._process)
+            raise
         return 128 - code if code < 0 else code
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Ask it to stop; kill it when its grace is over."""
+        self._signal(signal.SIGTERM)
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._grace):
+                    await process.wait()
+        finally:
+            self._signal(signal.SIGKILL)
+        await process.wait()
 
     def send(self, number: signal.Signals, *, has_it: bool = False) -> bool:
         """Pass a signal on; False when there is no child (yet, or any more).
@@ -67,7 +86,7 @@ class Child:
             return True
         if number in STOPS and self._stop is not None:
             number = signal.SIGKILL
-        elif number in STOPS:
+        elif number in STOPS or (number in ENDS and self._process is None):
             self._stop = number
             if self._process is not None:
                 asyncio.get_running_loop().call_later(self._grace, self._signal, signal.SIGKILL)
@@ -82,3 +101,31 @@ class Child:
         with suppress(ProcessLookupError):  # it has just ended, and that is not yet told
             os.kill(self._process.pid, number)
         return True
+
+
+async def reap_orphans() -> None:
+    """As PID 1: bury the processes that ended as ours because their parents were gone; for ever.
+
+    One that is still to be buried after a second is such a one: who starts a process waits for its end.
+    """
+    dead: set[int] = set()
+    while True:
+        dead = _reap(dead)
+        await asyncio.sleep(ORPHAN_SECONDS)
+
+
+def _reap(dead: set[int]) -> set[int]:
+    """Bury those that were dead already; return those that have died since."""
+    unburied = {pid for pid in _children() if os.waitid(os.P_PID, pid, _JUST_LOOK) is not None}
+    for pid in unburied & dead:
+        os.waitpid(pid, os.WNOHANG)
+    return unburied - dead
+
+
+_JUST_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def _children() -> Iterator[int]:
+    for thread in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # that thread has just ended
+            yield from map(int, thread.read_text().split())

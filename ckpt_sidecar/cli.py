@@ -6,6 +6,7 @@ Heavy modules are imported where they are used, so that `--help`, `latest` and `
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -96,7 +97,8 @@ def cli(context: click.Context, /, **given: Any) -> None:
     drain. With `-- COMMAND` it does the same around that command.
 
     Exit codes: 0 all is durable; 1 an error; 2 usage; 3 not everything was durable at the drain deadline;
-    4 another sidecar holds the prefix; 5 nothing could be restored although the bucket holds checkpoints.
+    4 another sidecar holds the prefix; 5 nothing could be restored although the bucket holds checkpoints;
+    70 a bug ended it, and the log has the traceback.
     After `--` the command's own code, when it is not 0.
     """
     _check_child(context)
@@ -108,12 +110,18 @@ def cli(context: click.Context, /, **given: Any) -> None:
 
         settings = settings_from(given)
         try:
-            end = run_daemon(settings, context.obj or [])
+            end = run_daemon(settings, context.obj or [], _leave)
         except click.ClickException as error:
             _last_words(error.message)
             raise
         _last_words(end.reason)
         raise SystemExit(int(end.code))
+
+
+def _leave(code: int, reason: str) -> None:
+    """End the process at once: what still waits in a thread would hold up every other way out."""
+    _last_words(reason)
+    os._exit(code)
 
 
 def _check_child(context: click.Context) -> None:

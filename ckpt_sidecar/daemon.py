@@ -9,9 +9,11 @@ import random
 import secrets
 import signal
 import socket
+import threading
 import time
+import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import click
 from ckpt_sidecar import __version__
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Missing
 from ckpt_sidecar.checkpoint import Book
-from ckpt_sidecar.child import FORWARDED, STOPS, CannotRun, Child
+from ckpt_sidecar.child import ENDS, FORWARDED, STOPS, CannotRun, Child, reap_orphans
 from ckpt_sidecar.document import MAX_MANIFEST_BYTES, Mangled, UnknownSchema, dump_entry, parse
 from ckpt_sidecar.events import Event, Failed, Progress
 from ckpt_sidecar.formats import flaw_of
@@ -105,11 +107,15 @@ def _spool(settings: Settings, tell: Tell) -> Iterator[Spool]:
 # --- the daemon --------------------------------------------------------------------------------------
 
 
-def run_daemon(settings: Settings, command: Sequence[str]) -> End:
-    """Run one sidecar's life, around `command` if there is one; return how it ended."""
-    for number in STOPS:  # until the loop takes them; PID 1 would not even notice
+def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int, str], None]) -> End:
+    """Run one sidecar's life, around `command` if there is one; return how it ended.
+
+    `leave` ends the process at once, with a code and a reason, where its end cannot be waited for.
+    """
+    for number in _heard(ENDS):  # until the loop takes them; PID 1 would not even notice
         signal.signal(number, _stopped_early)
     log = _start_log(settings)
+    threading.excepthook = log.thread_crashed
     book = Book()
     readers: list[Tell] = [_with_progress(log.tell)]
 
@@ -117,14 +123,32 @@ def run_daemon(settings: Settings, command: Sequence[str]) -> End:
         for reader in readers:
             reader(event)
 
-    with _spool(settings, tell) as spool:
-        try:
-            return asyncio.run(_daemon(settings, command, spool=spool, book=book, readers=readers, tell=tell))
-        except BaseExceptionGroup as group:
-            error = _leaf(group)
-            if isinstance(error, CannotRun | CannotListen):
-                raise click.ClickException(str(error)) from None
-            raise
+    try:
+        with _spool(settings, tell) as spool:
+            daemon = _daemon(
+                settings,
+                command,
+                spool=spool,
+                book=book,
+                readers=readers,
+                tell=tell,
+                leave=lambda end: leave(end.code, end.reason),
+            )
+            return asyncio.run(daemon)
+    except click.ClickException:
+        raise
+    except Exception as error:  # noqa: BLE001  (a bug: the journal makes a restart safe)
+        leaf = _leaf(error)
+        if isinstance(leaf, CannotRun | CannotListen):
+            raise click.ClickException(str(leaf)) from None
+        log.crashed(error)
+        return End(Exit.CRASHED, f"a bug has ended it: {type(leaf).__name__}: {leaf}")
+
+
+def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those that we take; under `nohup` a hang-up is none of them."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [each for each in signals if not (ignored and each is signal.SIGHUP)]
 
 
 def _stopped_early(number: int, _frame: object) -> None:
@@ -132,7 +156,14 @@ def _stopped_early(number: int, _frame: object) -> None:
 
 
 async def _daemon(
-    settings: Settings, command: Sequence[str], *, spool: Spool, book: Book, readers: list[Tell], tell: Tell
+    settings: Settings,
+    command: Sequence[str],
+    *,
+    spool: Spool,
+    book: Book,
+    readers: list[Tell],
+    tell: Tell,
+    leave: Callable[[End], None],
 ) -> End:
     metrics = Metrics(version=__version__, python=platform.python_version(), clock=time.time, book=book)
     status = Status(
@@ -150,7 +181,7 @@ async def _daemon(
         spool.serving(address=f"{_reachable(host)}:{port}", pid=os.getpid())
 
     async with _bucket(settings, tell) as bucket:
-        world = World(bucket, _times(), time.monotonic, _me(settings), tell)
+        world = World(bucket, _times(), time.monotonic, _me(settings), tell, leave)
         sidecar = Sidecar(settings, world, spool=spool, book=book)
         child = Child(command, grace=settings.drain_timeout) if command else None
 
@@ -164,8 +195,46 @@ async def _daemon(
             )
 
         beside = [web, notices] if settings.ec2_notices else [web]
-        with _signals(sidecar, child):
-            return await sidecar.run(*beside, child=child)
+        async with _no_bug_is_lost():
+            with _signals(sidecar, child):
+                return await sidecar.run(*beside, child=child)
+
+
+@asynccontextmanager
+async def _no_bug_is_lost() -> AsyncIterator[None]:
+    """End also at an error of ours that no task would raise: in a callback, or in a task nobody waits for.
+
+    What the libraries do among themselves (a connection that was lost twice) is only logged.
+    """
+    loop = asyncio.get_running_loop()
+    lost: asyncio.Future[None] = loop.create_future()
+
+    def take(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Exception) and _is_ours(error) and not lost.done():
+            lost.set_exception(error)
+        else:
+            loop.default_exception_handler(context)
+
+    async def raise_lost() -> None:
+        await lost
+
+    loop.set_exception_handler(take)
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(raise_lost(), name="bugs")]
+        if os.getpid() == 1:
+            tasks.append(group.create_task(reap_orphans(), name="orphans"))
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Has it come through our code?"""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "").startswith(f"{__package__}.") for frame in frames)
 
 
 def _reachable(host: str) -> str:
@@ -183,10 +252,10 @@ def _signals(sidecar: Sidecar, child: Child | None) -> Iterator[None]:
             return
         if number in STOPS and sidecar.stop.is_set():
             sidecar.hurry.set()
-        elif number in STOPS:
+        elif number in ENDS:
             sidecar.stop.set()
 
-    taken = FORWARDED if child is not None else tuple(STOPS)
+    taken = _heard(FORWARDED if child is not None else ENDS)
     for number in taken:
         loop.add_signal_handler(number, take, number)
     try:
@@ -204,9 +273,8 @@ def _in_foreground() -> bool:
         return False
 
 
-def _leaf(group: BaseExceptionGroup[Any]) -> BaseException:
-    """The first single error inside a group."""
-    error: BaseException = group
+def _leaf(error: BaseException) -> BaseException:
+    """The first single error, where it is a group."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields
 from typing import Any, TextIO
@@ -115,6 +116,15 @@ class Log:
         level = _level(event)
         if level is not None:
             getattr(self._log, level)(event_name(event), **fields_of(event))
+
+    def crashed(self, error: BaseException) -> None:
+        """Write what a bug has raised, all of it, in one line."""
+        self._log.error("crashed", error=f"{type(error).__name__}: {error}", exc_info=error)
+
+    def thread_crashed(self, thread: threading.ExceptHookArgs) -> None:
+        """Write, in one line, what has ended a thread; whoever owns it notices that by itself."""
+        name = thread.thread.name if thread.thread else ""
+        self._log.error("thread_crashed", thread=name, exc_info=thread.exc_value)
 
     def _due(self, event: Progress) -> bool:
         key, now = (event.direction, event.name), self._seconds()

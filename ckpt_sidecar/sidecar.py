@@ -37,6 +37,7 @@ from ckpt_sidecar.watcher import Watcher
 
 Service = Callable[[], Coroutine[None, None, None]]
 NOTICE_RESCAN_SECONDS = 5.0  # then no save may be found late only because its event was lost
+OVERTIME = 2.0  # seconds after the drain deadline for whoever works to hear that it is over
 
 
 class Exit(IntEnum):
@@ -47,6 +48,7 @@ class Exit(IntEnum):
     NOT_DURABLE = 3
     FENCED = 4
     NOTHING_RESTORED = 5
+    CRASHED = 70  # EX_SOFTWARE of sysexits.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ class End:
 class World:
     """What is outside: the bucket, time and chance, who we are, and who listens to events.
 
-    `seconds` is monotonic. `me` is this process as the manifest names it (its spool is filled in).
+    `seconds` is monotonic. `me` is this process as the manifest names it (its spool is filled in). `leave`
+    ends the process at once: for a drain that is over while a thread still waits for a dead socket or disk.
     """
 
     bucket: PatientBucket
@@ -69,6 +72,7 @@ class World:
     seconds: Callable[[], float]
     me: Holder
     tell: Callable[[Event], None]
+    leave: Callable[[End], None] = lambda _: None
 
 
 class Sidecar:
@@ -84,6 +88,7 @@ class Sidecar:
         self._claimed_in = spool.record.attempt
         self._landing = Landing(settings.watch)
         self._failed_restore = ""
+        self._trained = 0
         self._taking: asyncio.Task[None] | None = None
         self._not_ready = "the bucket had not answered yet"
         self._ledger = Ledger(
@@ -122,7 +127,7 @@ class Sidecar:
     async def run(self, *beside: Service, child: Child | None = None) -> End:
         """Live until stopped, or until the child has ended; `beside` run as long. Return how it ended."""
         async with asyncio.TaskGroup() as group:
-            services = [group.create_task(each(), name=each.__name__) for each in beside]
+            services = [group.create_task(each(), name=each.__name__) for each in (*beside, self._overdue)]
             try:
                 return await self._live(child)
             finally:
@@ -181,7 +186,8 @@ class Sidecar:
 
     async def _train(self, child: Child) -> int:
         try:
-            return await child.run()
+            self._trained = await child.run()
+            return self._trained
         finally:
             self.stop.set()
 
@@ -312,6 +318,16 @@ class Sidecar:
         self._world.tell(Draining(self._settings.drain_timeout, len(self._pipeline.book)))
         await self.hurry.wait()
         deadline.reschedule(now)
+
+    async def _overdue(self) -> None:
+        """End without those who do not hear that the drain is over: a kill is safe, and so is this."""
+        await self.stop.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_timeout):
+                await self.hurry.wait()
+        await asyncio.sleep(OVERTIME + self._settings.settle)
+        end = self._end()
+        self._world.leave(End(self._trained or end.code, end.reason))
 
     def _end(self) -> End:
         left = tuple(each.name for each in drain_order(self._pipeline.book))

@@ -48,7 +48,7 @@ def test_the_readme_has_every_command_and_no_other() -> None:
 def test_the_readme_has_every_exit_code() -> None:
     """2 is the command line's own."""
     sentence = README.split("Exit codes: ")[1].split("After `--`")[0]
-    assert {int(code) for code in re.findall(r"\b(\d) ", sentence)} == {each.value for each in Exit} | {2}
+    assert {int(code) for code in re.findall(r"\b(\d+) ", sentence)} == {each.value for each in Exit} | {2}
 
 
 def test_the_metrics_in_the_readme_exist() -> None:
