@@ -39,6 +39,12 @@ def flaw_of_name(name: str) -> str | None:
         flaw = "is too long"
     elif any(unicodedata.category(char) == "Cc" for char in name):
         flaw = "has a control character"
-    elif HOME in parts or parts[-1] == MANIFEST_NAME:  # at any depth: another job's prefix may lie there
+    elif any(map(_is_home, parts)) or parts[-1] == MANIFEST_NAME:  # at any depth: other jobs' lie there
         flaw = "is one of ckpt-sidecar's own names"
     return flaw
+
+
+def _is_home(part: str) -> bool:
+    """Is it the spool's directory, also on a file system that folds case and passes over what is unseen?"""
+    seen = "".join(char for char in part if unicodedata.category(char) != "Cf")
+    return unicodedata.normalize("NFKC", seen).casefold() == HOME
