@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+import reprlib
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +18,8 @@ T = TypeVar("T")
 
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024  # 100 entries take about 50 KiB; directories add their files
+MAX_VALUES = 500_000  # a value read takes up to 250 bytes; 10,000 entries have 130,000
+MAX_DEPTH = 32  # so that what was read can be written again, however deep in the stack
 
 
 class Mangled(ValueError):
@@ -77,7 +81,7 @@ def dump_entry(entry: Entry, *, bucket: str) -> dict[str, Any]:
 
 
 def _dump_upload(upload: Announced) -> dict[str, Any]:
-    return {
+    return dict(upload.extra) | {
         "id": str(upload.id),
         "name": upload.name,
         "key": upload.key,
@@ -89,7 +93,7 @@ def _dump_upload(upload: Announced) -> dict[str, Any]:
 
 
 def _dump_expiring(expiring: Expiring) -> dict[str, Any]:
-    return {
+    return dict(expiring.extra) | {
         "id": str(expiring.id),
         "key": expiring.key,
         "etag": expiring.etag,
@@ -103,6 +107,8 @@ MAX_TEXT = 4096
 _ENTRY_FIELDS = frozenset(
     "id name key uri version_id size crc64nvme etag saved_at stored_at step".split()  # noqa: SIM905
 )
+_UPLOAD_FIELDS = frozenset("id name key upload_id size saved_at spool".split())  # noqa: SIM905
+_EXPIRING_FIELDS = frozenset("id key etag version_id".split())  # noqa: SIM905
 _FIELDS = frozenset(
     "schema updated_at write generation holder checkpoints uploads expiring".split()  # noqa: SIM905
 )
@@ -124,8 +130,15 @@ class _Node:
             raise self.fail(name, "is not a text")
         return value
 
-    def maybe_text(self, name: str) -> str | None:
-        return None if self.data.get(name) is None else self.text(name)
+    def token(self, name: str) -> str:
+        """What the store made up: it goes into headers and addresses again as it is."""
+        text = self.text(name)
+        if not (text.isascii() and text.isprintable()):
+            raise self.fail(name, "has characters that no store would give it")
+        return text
+
+    def maybe_token(self, name: str) -> str | None:
+        return None if self.data.get(name) is None else self.token(name)
 
     def number(self, name: str, top: int) -> int:
         value = self.data.get(name)
@@ -138,6 +151,10 @@ class _Node:
             return parse(self.text(name))
         except ValueError as error:
             raise self.fail(name, str(error)) from None
+
+    def others(self, known: Collection[str]) -> dict[str, Any]:
+        """The fields that a later version has added: they outlive our rewrite."""
+        return {name: value for name, value in self.data.items() if name not in known}
 
     def children(self, name: str) -> list[_Node]:
         value = self.data.get(name, [])
@@ -154,13 +171,17 @@ def parse(raw: bytes, *, prefix: str) -> Manifest:
     """
     node = _Node(_load(raw), "")
     schema = node.data.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise UnknownSchema(f"schema {schema} is newer than the {SCHEMA} that this ckpt-sidecar knows")
-    if schema != SCHEMA:
-        raise node.fail("schema", f"is {schema!r}, not {SCHEMA}")
+    shown = reprlib.repr(schema)  # however large it is
+    if type(schema) is not int or schema < SCHEMA:
+        raise node.fail("schema", f"is {shown}, not {SCHEMA}")
+    if schema > SCHEMA:
+        raise UnknownSchema(f"schema {shown} is newer than the {SCHEMA} that this ckpt-sidecar knows")
     entries = [_entry(child, prefix) for child in node.children("checkpoints")]
     if [each.id for each in entries] != sorted({each.id for each in entries}, reverse=True):
         raise node.fail("checkpoints", "are not newest first, each id once")
+    expiring = [_expiring(child, prefix) for child in node.children("expiring")]
+    if {each.key for each in expiring} & {ref.key for each in entries for ref in each.objects}:
+        raise node.fail("expiring", "would delete one of the checkpoints")
     return Manifest(
         generation=node.number("generation", 10**15),
         holder=_holder(node),
@@ -168,27 +189,48 @@ def parse(raw: bytes, *, prefix: str) -> Manifest:
         updated_at=node.parsed("updated_at", parse_rfc3339),
         checkpoints=tuple(entries),
         uploads=tuple(_upload(child, prefix) for child in node.children("uploads")),
-        expiring=tuple(_expiring(child, prefix) for child in node.children("expiring")),
-        extra={name: value for name, value in node.data.items() if name not in _FIELDS},
+        expiring=tuple(expiring),
+        extra=node.others(_FIELDS),
     )
 
 
 def _load(raw: bytes) -> Mapping[str, Any]:
+    if sum(raw.count(each) for each in (b",", b"[", b"{")) > MAX_VALUES:
+        raise Mangled(f"has more than {MAX_VALUES} values")
     try:
-        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+        data = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_once,
+            parse_float=_finite,
+            parse_constant=_no_constant,
+        )
     except RecursionError:
         raise Mangled("nested too deep") from None
     except ValueError as error:
         raise Mangled(f"not JSON: {error}") from None
     if not isinstance(data, dict):
         raise Mangled("not a JSON object")
+    if _deeper(data, MAX_DEPTH):
+        raise Mangled("nested too deep")
     return data
+
+
+def _deeper(value: Any, than: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return than < 0 or any(_deeper(each, than - 1) for each in inner)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({name for name, _ in pairs}) != len(pairs):
         raise ValueError("a field stands twice in one object")
     return dict(pairs)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # it would be written as Infinity, which is no JSON
+        raise ValueError(f"{text[:40]} is no number that can be written again")
+    return value
 
 
 def _no_constant(text: str) -> None:
@@ -237,9 +279,9 @@ def _entry(node: _Node, prefix: str) -> Entry:
     ref = ObjectRef(
         key=_key(node, prefix, name),
         size=node.number("size", MAX_OBJECT_BYTES),
-        etag=node.text("etag"),
+        etag=node.token("etag"),
         crc64nvme=None if node.data.get("crc64nvme") is None else node.parsed("crc64nvme", _crc),
-        version_id=node.maybe_text("version_id"),
+        version_id=node.maybe_token("version_id"),
     )
     return Entry(
         id=node.parsed("id", Id.parse),
@@ -247,7 +289,7 @@ def _entry(node: _Node, prefix: str) -> Entry:
         objects=(ref,),
         saved_at=node.parsed("saved_at", parse_rfc3339),
         stored_at=node.parsed("stored_at", parse_rfc3339),
-        extra={name: value for name, value in node.data.items() if name not in _ENTRY_FIELDS},
+        extra=node.others(_ENTRY_FIELDS),
     )
 
 
@@ -257,10 +299,11 @@ def _upload(node: _Node, prefix: str) -> Announced:
         id=node.parsed("id", Id.parse),
         name=name,
         key=_key(node, prefix, name),
-        upload_id=node.text("upload_id"),
+        upload_id=node.token("upload_id"),
         size=node.number("size", MAX_OBJECT_BYTES),
         saved_at=node.parsed("saved_at", parse_rfc3339),
         spool=node.text("spool"),
+        extra=node.others(_UPLOAD_FIELDS),
     )
 
 
@@ -268,6 +311,7 @@ def _expiring(node: _Node, prefix: str) -> Expiring:
     return Expiring(
         id=node.parsed("id", Id.parse),
         key=_key(node, prefix, None),
-        etag=node.text("etag"),
-        version_id=node.maybe_text("version_id"),
+        etag=node.token("etag"),
+        version_id=node.maybe_token("version_id"),
+        extra=node.others(_EXPIRING_FIELDS),
     )

@@ -51,6 +51,7 @@ class Rules:
 _BLOCK = 4096
 _ZIP_MAGIC = b"PK\x03\x04"
 _ZIP_END = b"PK\x05\x06"
+_ZIP_BEHIND = b"PK\x07\x08"  # begins what a writer that could not go back puts behind the bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +162,8 @@ _MAX_COMMENT = 0xFFFF
 _MAX_ENTRY = _ENTRY.size + 3 * 0xFFFF
 _MAX_ENTRIES = 100_000  # read one by one, in about 0.2 s ...
 _MAX_DIRECTORY = 1 << 26  # ... in so many bytes; an archive of more is taken at its word for the rest
+_CRC_BEHIND = 1 << 3  # of a record's flags: its checksum stands behind its bytes
+_UNREADABLE = 0x61  # of its flags: encrypted, or a patch of another archive
 _LOCAL_HEADERS = 1_000  # of which so many, evenly spread, are looked at where the record itself lies
 
 
@@ -173,29 +176,48 @@ class _Directory(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """One entry of the directory: where its local header is, and how many bytes it keeps behind it."""
+    """One entry of the directory: where its local header is, and what stands with the record once more."""
 
     offset: int
     size: int
+    unreadable: int
+    method: int
+    crc: int
     name_size: int
+    name: bytes
 
 
 def _check_zip(file: BinaryIO, size: int) -> None:
     directory = _directory_of(file, size)
     step = 1 + directory.entries // _LOCAL_HEADERS
+    start = end = 0  # of the record before, where that was looked at
     for n, record in enumerate(_records(file, directory)):
+        if start < record.offset < end:
+            raise _NotWhole(f"record {n} of the zip archive lies in the one before it")
         if record.offset + _LOCAL.size + record.name_size + record.size > directory.offset:
             raise _NotWhole(f"record {n} of the zip archive lies outside of it")
         if n % step == 0 or n == directory.entries - 1:
-            _check_local_header(file, directory, record, n=n)
+            start, end = record.offset, _checked_end(file, directory, record, n=n)
 
 
-def _check_local_header(file: BinaryIO, directory: _Directory, record: _Record, *, n: int) -> None:
-    header = _LOCAL.unpack(_read(file, record.offset, _LOCAL.size))
-    if header[0] != _ZIP_MAGIC:
+def _checked_end(file: BinaryIO, directory: _Directory, record: _Record, *, n: int) -> int:
+    """Hold the record against its entry; return where its bytes end."""
+    head = _read(file, record.offset, _LOCAL.size + record.name_size)
+    magic, _, flags, method, *_, crc, _, _, name_size, extra_size = _LOCAL.unpack_from(head)
+    if magic != _ZIP_MAGIC:
         raise _NotWhole(f"record {n} of the zip archive is not where the directory says: a hole?")
-    if record.offset + _LOCAL.size + header[-2] + header[-1] + record.size > directory.offset:
+    end = record.offset + _LOCAL.size + int(name_size) + int(extra_size) + record.size
+    if end > directory.offset:
         raise _NotWhole(f"record {n} of the zip archive runs into its directory")
+    if flags & _CRC_BEHIND and record.size:
+        behind, crc = struct.unpack("<4sL", _read(file, end, 8))
+        if behind != _ZIP_BEHIND:
+            raise _NotWhole(f"record {n} of the zip archive does not end where the directory says")
+    elif flags & _CRC_BEHIND:  # there are no bytes, and torch says nothing behind them
+        crc = 0
+    if (flags & _UNREADABLE, method, crc, name_size, head[_LOCAL.size :]) != record[2:]:
+        raise _NotWhole(f"record {n} of the zip archive is another than its directory says: written over?")
+    return end
 
 
 def _directory_of(file: BinaryIO, size: int) -> _Directory:
@@ -215,7 +237,7 @@ def _directory_of(file: BinaryIO, size: int) -> _Directory:
     directory, limit = _directory64_of(file, start + at, small)
     if directory.entries == 0:
         raise _NotWhole("the zip archive holds no record")
-    if directory.offset + directory.size > limit or directory.entries * _ENTRY.size > directory.size:
+    if directory.offset + directory.size != limit or directory.entries * _ENTRY.size > directory.size:
         raise _NotWhole("the directory of the zip archive is not where the end record says")
     return directory
 
@@ -226,6 +248,8 @@ def _directory64_of(file: BinaryIO, end: int, small: _Directory) -> tuple[_Direc
     locator = _LOCATOR64.unpack(_read(file, at, _LOCATOR64.size)) if at >= 0 else (b"", 0, 0, 0)
     if locator[0] != b"PK\x06\x07":
         return small, end
+    if locator[1] != 0 or locator[3] > 1:
+        raise _NotWhole("the zip archive is one of several volumes")
     if locator[2] + _END64.size > at:
         raise _NotWhole("the zip64 end record is not where its locator says")
     large = _END64.unpack(_read(file, locator[2], _END64.size))
@@ -259,7 +283,8 @@ def _entry(data: bytes, at: int, n: int) -> tuple[_Record, int]:
     if at + _ENTRY.size > len(data) or data[at : at + 4] != b"PK\x01\x02":
         raise _NotWhole(f"entry {n} is missing in the directory of the zip archive")
     fields = _ENTRY.unpack_from(data, at)
-    size, full_size, name_size, extra_size, comment_size, offset = (*fields[8:13], fields[16])
+    flags, method, crc, offset = fields[3], fields[4], fields[7], fields[16]
+    size, full_size, name_size, extra_size, comment_size = fields[8:13]
     extra_at = at + _ENTRY.size + name_size
     after = extra_at + extra_size + comment_size
     if after > len(data):
@@ -267,8 +292,11 @@ def _entry(data: bytes, at: int, n: int) -> tuple[_Record, int]:
     if 0xFFFFFFFF in (size, full_size, offset):
         wide = _extra64(data[extra_at : extra_at + extra_size])
         narrow = (full_size, size, offset)
-        _, size, offset = (next(wide, each) if each == 0xFFFFFFFF else each for each in narrow)
-    return _Record(offset, size, name_size), after
+        full_size, size, offset = (next(wide, each) if each == 0xFFFFFFFF else each for each in narrow)
+    if method == 0 and size != full_size:
+        raise _NotWhole(f"entry {n} in the directory of the zip archive has two sizes")
+    name = data[at + _ENTRY.size : extra_at]
+    return _Record(offset, size, flags & _UNREADABLE, method, crc, name_size, name), after
 
 
 def _extra64(extra: bytes) -> Iterator[int]:

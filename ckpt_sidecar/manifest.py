@@ -63,6 +63,7 @@ class Announced:
     size: int
     saved_at: int
     spool: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class Expiring:
     key: str
     etag: str
     version_id: str | None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +172,16 @@ def described(ref: ObjectRef, name: str, stored_at: int) -> Entry | None:
 # --- time as text ------------------------------------------------------------------------------------
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST, _LAST = -62_135_596_800, 253_402_300_799  # the years 1 to 9999, in s since the epoch
 _RFC3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", re.ASCII)
 
 
 def rfc3339(ns: int) -> str:
-    """Nanoseconds since the epoch as RFC 3339 in UTC, to the nanosecond (so that an mtime comes back)."""
-    seconds, rest = divmod(ns, 1_000_000_000)
+    """Nanoseconds since the epoch as RFC 3339 in UTC, to the nanosecond (so that an mtime comes back).
+
+    Some file systems take an mtime beyond the years that can be written: it becomes the nearest of those.
+    """
+    seconds, rest = divmod(min(max(ns, _FIRST * 1_000_000_000), _LAST * 1_000_000_000), 1_000_000_000)
     return f"{(_EPOCH + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat()}.{rest:09d}Z"
 
 

@@ -8,6 +8,7 @@ import unicodedata
 HOME = ".ckpt-sidecar"  # the spool's directory in the watch dir, and our own keys in the bucket
 MANIFEST_NAME = "latest.json"
 NOTICE_NAME = ".interruption-notice.json"  # in the watch dir, for the trainer; a dotfile: no checkpoint
+_OURS = (MANIFEST_NAME, NOTICE_NAME)
 MAX_NAME_BYTES = 900  # of the name in UTF-8; S3's 1,024 for a key, less 124 for the prefix
 MAX_PART_OF_NAME_BYTES = 255  # a file system's limit for what stands between two slashes
 
@@ -40,9 +41,12 @@ def flaw_of_name(name: str) -> str | None:
         flaw = "is too long"
     elif any(unicodedata.category(char) == "Cc" for char in name):
         flaw = "has a control character"
-    elif HOME in parts or parts[-1] in (
-        MANIFEST_NAME,
-        NOTICE_NAME,
-    ):  # at any depth: another job's prefix may lie there
+    elif any(map(_is_home, parts)) or parts[-1] in _OURS:  # at any depth: other jobs' lie there
         flaw = "is one of ckpt-sidecar's own names"
     return flaw
+
+
+def _is_home(part: str) -> bool:
+    """Is it the spool's directory, also on a file system that folds case and passes over what is unseen?"""
+    seen = "".join(char for char in part if unicodedata.category(char) != "Cf")
+    return unicodedata.normalize("NFKC", seen).casefold() == HOME

@@ -270,7 +270,7 @@ LIES: dict[str, tuple[bytes, str]] = {
         "has more in it",
     ),
     "an entry that is cut": (
-        broken(listed=entry(0, name=b"a" * 50), end=end_record(1, 60, 31)),
+        broken(listed=entry(0, name=b"a" * 50)[:60], end=end_record(1, 60, 31)),
         "entry 0 is cut",
     ),
     "a record in the directory": (broken(listed=entry(20)), "lies outside"),
@@ -368,6 +368,7 @@ def bounded(file: Huge, name: str, *, seconds: float, mebibytes: float) -> str |
     return said
 
 
+@pytest.mark.fault("G2")
 def test_an_archive_with_millions_of_entries_is_read_in_bounded_time() -> None:
     """It says that it has 20 million records; the first ones are checked, the rest is believed."""
     one = entry(0)
@@ -390,6 +391,7 @@ def test_an_archive_with_millions_of_entries_is_read_in_bounded_time() -> None:
     assert bounded(file, "x.pt", seconds=20, mebibytes=16) is None
 
 
+@pytest.mark.fault("G2")
 def test_a_directory_of_huge_entries_is_read_in_bounded_memory() -> None:
     """Each entry has the longest name, extra field and comment that there can be."""
     one = entry(0, name=b"n" * 60_000, extra=struct.pack("<HH", 7, 0) * 16_000)
@@ -408,6 +410,7 @@ def test_a_directory_of_huge_entries_is_read_in_bounded_memory() -> None:
     assert file.read_bytes < 200 << 20
 
 
+@pytest.mark.fault("G2")
 def test_a_safetensors_header_of_100_mb_is_read_in_bounded_memory() -> None:
     nested = Huge(200_000_000, {0: struct.pack("<Q", 100_000_000) + b"{"}, lambda _at, size: b"[" * size)
     assert "asks for" in str(bounded(nested, "x.safetensors", seconds=20, mebibytes=16))
