@@ -88,8 +88,16 @@ class MemoryBucket:
     with a real store of that kind.
     """
 
-    def __init__(self, name: str = "memory", *, abilities: Abilities = ABLE, versioned: bool = False) -> None:
+    def __init__(
+        self,
+        name: str = "memory",
+        *,
+        abilities: Abilities = ABLE,
+        versioned: bool = False,
+        min_part_bytes: int = MIN_PART_BYTES,
+    ) -> None:
         self.name = name
+        self.min_part_bytes = min_part_bytes
         self.abilities = abilities
         self.versioned = versioned
         self.objects: dict[str, _Object] = {}
@@ -193,7 +201,7 @@ class MemoryBucket:
         await self._check(upload.key, when, honoured=self.abilities.conditional_complete)
         under_way = self._under_way(upload)
         contents = [under_way.content(part) for part in parts]
-        if any(len(content) < MIN_PART_BYTES for content in contents[:-1]):
+        if any(len(content) < self.min_part_bytes for content in contents[:-1]):
             raise Refused("a part before the last one is too small")
         numbers = [part.number for part in parts]
         if not numbers or numbers != sorted(numbers):
