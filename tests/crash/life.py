@@ -278,4 +278,4 @@ def live(settings: Settings, log: str, calls: Connection, steps: Connection) -> 
             assert hasattr(module, name), f"{module.__name__} has no {name} any more"
             setattr(module, name, value)
     _audit(line)
-    sys.exit(daemon.run_daemon(settings, ()).code)
+    sys.exit(daemon.run_daemon(settings, (), lambda code, _: os._exit(code)).code)
