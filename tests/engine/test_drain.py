@@ -628,3 +628,30 @@ async def test_a_child_is_not_started_where_nothing_could_be_restored(
         life.start(Child(["sh", "-c", 'touch "$0/started"', str(life.root)], grace=5.0))
         assert (await life.end()).code == Exit.NOTHING_RESTORED
         assert life.files() == {}
+
+
+@pytest.mark.fault("C14")
+async def test_a_bucket_that_was_emptied_is_no_fresh_run(tmp_path: Path, memory: MemoryBucket) -> None:
+    """Not ready, with the mend, however often it is restarted; ready once the objects are put back."""
+    async with living(tmp_path / "a", memory) as life:
+        await life.ready()
+        await life.save("x.pt", b"weights")
+        await life.stop()
+    (tmp_path / "a/x.pt").unlink()
+    before, memory.objects = memory.objects, {}
+    for _ in range(2):
+        async with living(tmp_path / "a", memory) as life:
+            life.start()
+            await life.told.until(life.not_ready)
+            (failed, *_) = life.told.of(Failed)
+            assert (failed.stage, failed.reason) == ("start", "bucket")
+            assert "knows 1-1 to be durable" in failed.error
+            assert "put the objects back" in failed.hint
+            await life.stop()
+            assert life.told.of(Ready) == []
+            assert memory.objects == {}
+    memory.objects = before
+    async with living(tmp_path / "a", memory) as life:
+        await life.ready()
+        assert life.files() == {"x.pt": b"weights"}
+        await life.stop()
