@@ -133,6 +133,8 @@ class Ledger:
     async def load(self) -> Manifest:
         """Read the manifest, or make it anew from the objects where it is absent or mangled."""
         seen = await self._read()
+        if seen.manifest is None and seen.etag is not None:  # mangled: on its way, perhaps
+            seen = await self._read()
         self._etag = seen.etag
         self._see(seen.manifest or await self._rebuild(seen))
         return self.manifest
