@@ -137,6 +137,8 @@ class Ledger:
         An older copy has nothing as new as `durable`, which the caller knows to have been committed.
         """
         seen = await self._read()
+        if seen.manifest is None and seen.etag is not None:  # mangled: on its way, perhaps
+            seen = await self._read()
         newest = seen.manifest.newest if seen.manifest else None
         if durable and not seen.flaw and (newest is None or newest.id < durable):
             seen = replace(seen, flaw=f"it is an older copy, from before {durable} was committed")

@@ -147,6 +147,8 @@ class Restorer:
         except (Unreachable, Denied):
             raise
         except (BucketError, OSError) as error:
+            if isinstance(error, Missing) and error.reason == "bucket":
+                raise
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoRoom(
                     f"the checkpoint has {entry.size} bytes, and the disk is full: {error}"

@@ -232,13 +232,15 @@ class Rule:
     operation: str
     fault: Fault
     key: str
+    having: str
     passing: int
     times: int
     hits: int = 0  # how often it was played
 
-    def takes(self, operation: str, key: str) -> bool:
+    def takes(self, it: Exchange) -> bool:
         """Is this request one to be hurt? It counts as such then."""
-        if self.operation not in (EVERY, operation) or self.key not in key or self.hits >= self.times:
+        meant = self.operation in (EVERY, it.operation) and self.key in it.key
+        if not meant or self.hits >= self.times or self.having not in it.head.dump().decode("latin-1"):
             return False
         if self.passing:
             self.passing -= 1
@@ -403,15 +405,28 @@ class Proxy:
         self._thread.join()
         self._loop.close()
 
-    def on(self, operation: str, fault: Fault, *, key: str = "", passing: int = 0, times: int = 1) -> Rule:
-        """Hurt the requests of an operation (all: EVERY); the first rule that takes a request has it."""
-        rule = Rule(operation, fault, key, passing, times)
+    def on(
+        self,
+        operation: str,
+        fault: Fault,
+        *,
+        key: str = "",
+        having: str = "",
+        passing: int = 0,
+        times: int = 1,
+    ) -> Rule:
+        """Hurt the requests of an operation (all: EVERY), on such keys, `having` that in their heads.
+
+        The first rule that takes a request has it.
+        """
+        rule = Rule(operation, fault, key, having, passing, times)
         self._rules.append(rule)
         return rule
 
-    def relent(self) -> None:
-        """Hurt nothing more; what hangs already goes on to hang."""
-        self._rules.clear()
+    def relent(self, *rules: Rule) -> None:
+        """Forget these rules, or all; what hangs already goes on to hang."""
+        for rule in rules or tuple(self._rules):
+            self._rules.remove(rule)
 
     def most_at_once(self, operation: str) -> int:
         """How many requests of an operation were under way at one time."""
@@ -466,7 +481,7 @@ class Proxy:
     async def _exchange(self, exchange: Exchange) -> bool:
         """Serve one request; return whether the connection serves another."""
         operation, key = exchange.operation, exchange.key
-        rule = next((rule for rule in tuple(self._rules) if rule.takes(operation, key)), None)
+        rule = next((rule for rule in tuple(self._rules) if rule.takes(exchange)), None)
         self._under_way[operation] += 1
         self._most[operation] = max(self._most[operation], self._under_way[operation])
         try:

@@ -705,3 +705,30 @@ async def test_a_note_that_cannot_be_left_is_said(tmp_path: Path, memory: Memory
         assert failed.what == NOTICE_NAME
         await life.save("a.pt")
         assert (await life.stop()).code == Exit.DURABLE
+
+
+@pytest.mark.fault("C14")
+async def test_a_bucket_that_was_emptied_is_no_fresh_run(tmp_path: Path, memory: MemoryBucket) -> None:
+    """Not ready, with the mend, however often it is restarted; ready once the objects are put back."""
+    async with living(tmp_path / "a", memory) as life:
+        await life.ready()
+        await life.save("x.pt", b"weights")
+        await life.stop()
+    (tmp_path / "a/x.pt").unlink()
+    before, memory.objects = memory.objects, {}
+    for _ in range(2):
+        async with living(tmp_path / "a", memory) as life:
+            life.start()
+            await life.told.until(life.not_ready)
+            (failed, *_) = life.told.of(Failed)
+            assert (failed.stage, failed.reason) == ("start", "bucket")
+            assert "knows 1-1 to be durable" in failed.error
+            assert "put the objects back" in failed.hint
+            await life.stop()
+            assert life.told.of(Ready) == []
+            assert memory.objects == {}
+    memory.objects = before
+    async with living(tmp_path / "a", memory) as life:
+        await life.ready()
+        assert life.files() == {"x.pt": b"weights"}
+        await life.stop()

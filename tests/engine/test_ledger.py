@@ -114,6 +114,26 @@ async def test_a_mangled_manifest_is_rebuilt_from_the_objects(bucket: MemoryBuck
     assert "not JSON" in rebuilt.error
 
 
+async def test_a_manifest_that_is_damaged_on_its_way_is_read_again(
+    bucket: MemoryBucket, steps: Steps, told: Told
+) -> None:
+    """To rebuild it would forget what was announced in it."""
+    ledger = await claimed(bucket)
+    await ledger.commit(await stored(bucket, 1, 1))
+    good = bucket.objects[LATEST]
+
+    async def damaged() -> None:
+        bucket.objects[LATEST] = replace(good, body=b"?" + good.body[1:])
+
+    async def mended() -> None:
+        bucket.objects[LATEST] = good
+
+    steps.on("get", LATEST, before=damaged, after=mended)
+    loaded = await ledger_of(steps, told).load()
+    assert [each.id for each in loaded.checkpoints] == [Id(1, 1)]
+    assert told.of(Rebuilt) == []
+
+
 @pytest.mark.fault("D6")
 async def test_a_lost_manifest_is_rebuilt_from_the_objects(bucket: MemoryBucket, told: Told) -> None:
     """A bucket whose latest.json was deleted is not taken for a fresh run."""

@@ -241,7 +241,14 @@ async def test_when_none_is_good_it_is_said(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("verb", ["head", "get_range"])
-@pytest.mark.parametrize("error", [Unreachable("no route"), Denied("expired", reason="credentials")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unreachable("no route"),
+        Denied("expired", reason="credentials"),
+        Missing("there is no bucket", reason="bucket"),
+    ],
+)
 async def test_trouble_that_says_nothing_about_the_object_comes_out(
     rig: Rig, verb: str, error: Exception
 ) -> None:
