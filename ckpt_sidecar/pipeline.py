@@ -223,14 +223,14 @@ class Pipeline:
     async def _only_touched(self, checkpoint: Checkpoint, listed: Entry) -> bool:
         """Does it have the bytes of the object that is listed, and only another time?
 
-        It is read through for that where it is the very inode that was sent: a save that is renamed into
-        place, as of last.pt, is another one.
+        It is read through for that where it may be the very inode that was sent: a save that is renamed
+        into place, as of last.pt, is another one.
         """
         crc = listed.objects[0].crc64nvme
         if crc is None or listed.size != checkpoint.size:
             return False
         with suppress(OSError, BytesChanged), self._spool.reading(checkpoint, checkpoint.files[0]) as pinned:
-            if pinned.inode == self._sent.get(checkpoint.name):
+            if self._sent.get(checkpoint.name, pinned.inode) == pinned.inode:
                 return await asyncio.to_thread(crc_of, pinned, checkpoint.size) == crc
         return False
 

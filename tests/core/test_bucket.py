@@ -63,6 +63,7 @@ def test_what_is_no_checksum_is_refused(text: str) -> None:
 # --- layouts --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("A17")
 @given(st.integers(0, MAX_OBJECT_BYTES), st.integers(0, 64 * MIB))
 def test_every_size_has_a_layout_that_s3_takes(size: int, at_least: int) -> None:
     """No more than 10,000 parts, none too small or too large, of whole MiB where the size decides."""
@@ -81,6 +82,7 @@ def test_parts_grow_only_as_their_number_demands() -> None:
     assert part_bytes_for(1, at_least=1) == MIN_PART_BYTES
 
 
+@pytest.mark.fault("A17")
 def test_what_no_object_can_hold_is_refused_with_the_mend() -> None:
     """It would fail after days of sending."""
     with pytest.raises(Refused) as caught:

@@ -160,16 +160,19 @@ def _explode(_n: int) -> None:
     raise AssertionError("it was unpickled")
 
 
+@pytest.mark.fault("A4")
 def test_an_archive_that_is_cut_anywhere_is_not_whole() -> None:
     for size in range(len(ZIPPED)):
         assert flaw(ZIPPED[:size]), size
 
 
+@pytest.mark.fault("A4")
 def test_safetensors_that_are_cut_anywhere_are_not_whole() -> None:
     for size in range(len(SAFE)):
         assert flaw(SAFE[:size], "x.safetensors"), size
 
 
+@pytest.mark.fault("A4")
 def test_a_cut_is_said_as_such() -> None:
     assert flaw(b"") == "is empty"
     assert flaw(ZIPPED[:-1]) == "the end record of the zip archive is missing: cut short?"
@@ -190,6 +193,7 @@ def test_appended_bytes_are_counted() -> None:
     assert flaw(ZIPPED + b"12345") == "5 bytes follow the end record of the zip archive, it announces 0"
 
 
+@pytest.mark.fault("A4")
 @pytest.mark.parametrize("size", [1, 4096, 100_000, 1 << 20])
 def test_a_file_of_zeros_is_not_whole(size: int) -> None:
     assert flaw(bytes(size)) == "is nothing but zeros"

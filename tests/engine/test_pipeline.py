@@ -215,6 +215,7 @@ async def test_a_newer_one_overtakes_the_backlog(line: Make) -> None:
         assert it.fates(Committed) == ["2.pt", "9.pt", "1.pt", "0.pt"]
 
 
+@pytest.mark.fault("A16")
 async def test_a_batch_is_numbered_in_the_order_in_which_it_was_found(line: Make) -> None:
     """The watcher knows what came first; the trainer's clock may have been set back in between."""
     async with line() as it:
@@ -246,6 +247,7 @@ async def test_no_pin_is_let_go_before_the_commit(line: Make) -> None:
 # --- one name again and again ------------------------------------------------------------------------
 
 
+@pytest.mark.fault("A6")
 async def test_of_one_name_only_the_newest_in_line_is_sent(line: Make) -> None:
     """last.pt is replaced faster than we upload: what lies in between is superseded, and said."""
     async with line(workers=1) as it:
@@ -259,6 +261,7 @@ async def test_of_one_name_only_the_newest_in_line_is_sent(line: Make) -> None:
         assert it.pins == []
 
 
+@pytest.mark.fault("A6")
 async def test_an_upload_under_way_is_finished_before_the_next_of_its_name(line: Make) -> None:
     """There is one upload at a time for each key, and it is not thrown away because a newer save came."""
     async with line(workers=3) as it:
@@ -397,6 +400,7 @@ async def test_a_stop_ends_every_rest(line: Make) -> None:
         assert it.committed("x.pt")()
 
 
+@pytest.mark.fault("A7")
 async def test_bytes_that_change_are_taken_up_again(line: Make) -> None:
     """A file rewritten in place under the upload: nothing torn is stored, the new bytes are."""
     async with line() as it:
@@ -412,6 +416,7 @@ async def test_bytes_that_change_are_taken_up_again(line: Make) -> None:
         assert it.pins == []
 
 
+@pytest.mark.fault("B3")
 async def test_a_spool_that_somebody_removed_costs_no_file_that_stands(line: Make) -> None:
     """The pin is gone, the trainer's file is not: that is taken up in its place, and it is said."""
     async with line() as it:

@@ -125,6 +125,7 @@ def test_only_regular_files_are_caught(spool: Spool, root: Path, tmp_path: Path)
     assert held(spool) == []
 
 
+@pytest.mark.fault("A18")
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSPC])
 def test_where_no_link_can_be_a_descriptor_holds(spool: Spool, root: Path, disk: Hurt, code: int) -> None:
     """What cannot be held by a link is held by an open descriptor, which is given back."""
@@ -211,6 +212,7 @@ def test_a_release_leaves_nothing_but_the_knowledge(
     assert again.known.durable_files() == {checkpoint.id: file}
 
 
+@pytest.mark.fault("E4")
 def test_a_pin_survives_a_disk_too_full_for_its_entry(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path, disk: Hurt
 ) -> None:
@@ -233,6 +235,7 @@ def test_a_full_disk_keeps_nothing_pinned(spool: Spool, root: Path, disk: Hurt) 
     assert spool.known.is_known(checkpoint.files[0])
 
 
+@pytest.mark.fault("E4")
 def test_what_cannot_be_pinned_stays_caught(spool: Spool, root: Path, disk: Hurt) -> None:
     """A pin that fails is said with its reason, and the file is held as before; others are pinned."""
     file = save(root, "x.pt", b"weights")
@@ -263,6 +266,7 @@ def test_changed_bytes_of_the_same_size_are_noticed_by_their_time(spool: Spool, 
         source.check()
 
 
+@pytest.mark.fault("A8")
 def test_metadata_alone_is_no_change(spool: Spool, root: Path) -> None:
     """A file that is given another mode, or another link, is the same checkpoint."""
     checkpoint = pin(spool, save(root, "x.pt", b"weights"))
@@ -271,6 +275,7 @@ def test_metadata_alone_is_no_change(spool: Spool, root: Path) -> None:
     assert content(spool, checkpoint) == b"weights"
 
 
+@pytest.mark.fault("B3")
 def test_a_reader_goes_on_when_the_pin_is_removed(spool: Spool, root: Path) -> None:
     """What is being sent is finished although somebody removes the spool."""
     checkpoint = pin(spool, save(root, "x.pt", b"weights"))

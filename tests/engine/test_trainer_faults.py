@@ -203,13 +203,28 @@ async def test_a_durable_file_with_other_metadata_is_not_sent_again(
 
 
 @pytest.mark.fault("A8")
+async def test_a_file_that_was_touched_while_nobody_watched_is_not_sent_again(tmp_path: Path) -> None:
+    """The next life knows no inode; the object's checksum tells, and the newest stays the newest."""
+    memory = MemoryBucket()
+    async with serving(tmp_path, memory=memory) as it:
+        for name in ("old.pt", "new.pt"):
+            place(tmp_path / name, archive(name))
+            await committed(it, name)
+    os.utime(tmp_path / "old.pt")
+    async with serving(tmp_path, memory=memory) as it:
+        await it.told.until(lambda: it.fates(Pinned) == ["old.pt"] and not len(it.pipeline.book))
+        assert sent(it) == []
+        assert listed(memory) == ["1-2 new.pt", "1-1 old.pt"]
+
+
+@pytest.mark.fault("A8")
 async def test_a_rewrite_in_place_that_keeps_the_size_is_sent(tmp_path: Path) -> None:
     """It has the inode and the size of what is durable, as a touched file has; but not its bytes."""
     async with serving(tmp_path) as it:
         (tmp_path / "x.pt").write_bytes(b"weights")
         await committed(it, "x.pt")
         (tmp_path / "x.pt").write_bytes(b"WEIGHTS")
-        await it.told.until(lambda: len(it.fates(Committed)) == 2)
+        await it.told.until(lambda: len(it.fates(Pinned)) == 2 and not len(it.pipeline.book))
         assert it.body("x.pt") == b"WEIGHTS"
         assert sent(it) == ["x.pt", "x.pt"]
 
@@ -446,15 +461,22 @@ async def test_what_is_filled_through_mmap_after_its_close_is_taken_when_it_is_w
 
 
 @pytest.mark.fault("A14")
-@pytest.mark.parametrize("passing", [0, 1])
+@pytest.mark.parametrize("when", ["before it is read", "between two parts", "after the last part"])
 async def test_a_write_through_mmap_under_the_upload_is_seen_before_the_complete(
-    shown: Path, passing: int
+    shown: Path, when: str
 ) -> None:
-    """Into a part that was sent already, or is about to be: what the file holds now is sent."""
+    """Also into a part that was sent already: nothing is completed of it, what the file holds now is sent."""
     async with serving(shown, workers=1) as it:
-        gate = it.steps.hold("part", "x.pt", passing=passing)
+        place(shown / "first.pt", archive())
+        await committed(it, "first.pt")
+        if when == "after the last part":
+            gate = it.steps.hold("put", "latest.json")  # the announcement, beside the parts
+        else:
+            gate = it.steps.hold("part", "x.pt", passing=when == "between two parts")
         place(shown / "x.pt", LARGE)
         await gate.reached.wait()
+        if when == "after the last part":
+            await it.told.until(lambda: "x.pt" in sent(it))
         write_by_mmap(shown / "x.pt", 1000, b"changed")
         gate.opened.set()
         await committed(it, "x.pt")

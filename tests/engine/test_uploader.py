@@ -296,6 +296,7 @@ async def test_who_may_not_list_uploads_still_uploads(rig: Rig) -> None:
     ]
 
 
+@pytest.mark.fault("E4")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOENT])
 async def test_a_disk_that_takes_no_journal_holds_up_no_upload(rig: Rig, code: int) -> None:
     """The disk is full, or the spool gone: what is open is sent, and a restart would abort and begin anew."""
@@ -442,6 +443,7 @@ async def test_a_bucket_that_vanishes_comes_out(rig: Rig) -> None:
 # --- bytes that change -------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.parametrize("when", ["create", "part", "complete"])
 async def test_bytes_that_change_under_the_upload_are_never_completed(rig: Rig, when: str) -> None:
     """A file rewritten in place is abandoned: no object, no upload, no announcement is left of it."""

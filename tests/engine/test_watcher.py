@@ -193,6 +193,7 @@ def save(path: Path, n: int = 1, size: int = 100) -> None:
 # --- completed by events -----------------------------------------------------------------------------
 
 
+@pytest.mark.fault("A1")
 async def test_a_rename_completes_at_once(tmp_path: Path) -> None:
     """And the temporary name never arrives."""
     async with rig(tmp_path, rules=SLOW) as this:
@@ -216,6 +217,7 @@ async def test_a_file_without_a_seal_completes_when_it_has_settled(tmp_path: Pat
         assert time.monotonic() - began >= QUICK.settle
 
 
+@pytest.mark.fault("A2")
 async def test_a_file_that_is_being_written_is_never_taken_early(tmp_path: Path) -> None:
     """Not even when it pauses longer than files must settle, and its bytes so far would do."""
     async with rig(tmp_path, rules=Rules(settle=0.05, patience=30.0)) as this:
@@ -233,6 +235,7 @@ async def test_a_file_that_is_being_written_is_never_taken_early(tmp_path: Path)
         assert File("x.pt", 24, (tmp_path / "x.pt").stat().st_mtime_ns) in this.known
 
 
+@pytest.mark.fault("A5")
 async def test_what_is_rotated_away_at_once_arrives(tmp_path: Path) -> None:
     """A trainer, in a process of its own, that keeps only the newest; nobody has judged what it deletes."""
     train = """
@@ -250,6 +253,7 @@ for n in range(10):
         assert this.holds.names() == sorted(f"{n}.pt" for n in range(10))
 
 
+@pytest.mark.fault("A5")
 async def test_what_is_renamed_and_deleted_a_moment_later_arrives(tmp_path: Path) -> None:
     async with rig(tmp_path, rules=SLOW) as this:
 
@@ -283,6 +287,7 @@ async def test_a_file_that_was_nameless_completes_when_it_has_settled(tmp_path: 
         assert await this.until("x.pt") == ["x.pt"]
 
 
+@pytest.mark.fault("A9")
 async def test_a_second_name_of_a_checkpoint_is_a_checkpoint(tmp_path: Path) -> None:
     async with rig(tmp_path, rules=SLOW) as this:
         save(tmp_path / "epoch_3.pt")
@@ -313,6 +318,7 @@ async def test_what_comes_together_keeps_its_order(tmp_path: Path) -> None:
 # --- directories -------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("A12")
 async def test_directories_that_are_made_and_filled_at_once_are_seen_into(tmp_path: Path) -> None:
     async with rig(tmp_path) as this:
         names = [f"a{n}/b/c/x.pt" for n in range(20)]
@@ -324,6 +330,7 @@ async def test_directories_that_are_made_and_filled_at_once_are_seen_into(tmp_pa
         assert await this.until("a7/b/c/y.pt") == ["a7/b/c/y.pt"]
 
 
+@pytest.mark.fault("A12")
 async def test_a_directory_that_is_moved_in_is_completed_at_once(tmp_path: Path) -> None:
     outside, root = tmp_path / "outside", tmp_path / "root"
     (outside / "deep").mkdir(parents=True)
@@ -337,6 +344,7 @@ async def test_a_directory_that_is_moved_in_is_completed_at_once(tmp_path: Path)
         assert await this.until("run/deep/z.pt") == ["run/deep/z.pt"]
 
 
+@pytest.mark.fault("A12")
 async def test_a_directory_that_is_renamed_goes_by_its_new_name(tmp_path: Path) -> None:
     """The staging directory of transformers' Trainer."""
     async with rig(tmp_path, rules=SLOW) as this:
@@ -350,6 +358,7 @@ async def test_a_directory_that_is_renamed_goes_by_its_new_name(tmp_path: Path) 
         assert await this.until("checkpoint-10/deep/y.pt") == ["checkpoint-10/deep/y.pt"]
 
 
+@pytest.mark.fault("A12")
 async def test_a_directory_that_is_moved_away_is_heard_of_no_more(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     (root / "run/deep").mkdir(parents=True)
@@ -378,6 +387,7 @@ async def test_hidden_directories_and_the_spool_are_not_watched(tmp_path: Path) 
 # --- what is not taken up ----------------------------------------------------------------------------
 
 
+@pytest.mark.fault("A3")
 async def test_a_torn_file_is_reported_once_and_its_later_whole_version_taken(tmp_path: Path) -> None:
     async with rig(tmp_path, rescan_every=0.2) as this:
         (tmp_path / "x.pt").write_bytes(archive()[:-100])
@@ -390,6 +400,7 @@ async def test_a_torn_file_is_reported_once_and_its_later_whole_version_taken(tm
         assert await this.until("x.pt") == ["x.pt"]
 
 
+@pytest.mark.fault("A4")
 async def test_an_empty_file_is_reported_when_it_stays_so(tmp_path: Path) -> None:
     async with rig(tmp_path) as this:
         (tmp_path / "x.pt").touch()
@@ -406,6 +417,7 @@ async def test_a_torn_file_that_was_removed_or_replaced_is_nobodys_business(tmp_
         assert len(this.all(Torn)) == 1
 
 
+@pytest.mark.fault("A10", "A11")
 async def test_links_and_strange_names_are_told_once_and_never_followed(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "outside"
     root.mkdir()
@@ -433,6 +445,7 @@ async def test_links_and_strange_names_are_told_once_and_never_followed(tmp_path
         ]
 
 
+@pytest.mark.fault("B8")
 async def test_a_directory_that_cannot_be_listed_is_told_once_and_the_rest_is_served(tmp_path: Path) -> None:
     """Here its path is too long for the kernel; to lack the permission looks the same."""
     here = os.open(tmp_path, os.O_RDONLY)
@@ -496,6 +509,7 @@ async def test_what_has_not_settled_at_the_first_scan_comes_later(tmp_path: Path
     this.watcher.close()
 
 
+@pytest.mark.fault("A16")
 async def test_a_file_of_the_future_must_rest_before_our_eyes(tmp_path: Path) -> None:
     save(tmp_path / "x.pt")
     os.utime(tmp_path / "x.pt", (time.time() + 86_400,) * 2)
@@ -534,6 +548,7 @@ async def test_hints_that_come_during_a_long_restore_are_not_lost(tmp_path: Path
         assert await this.until("x.pt") == ["x.pt"]
 
 
+@pytest.mark.fault("B4")
 async def test_without_events_the_listing_serves(tmp_path: Path) -> None:
     """Renamed, saved in place, in a directory of its own, rewritten."""
     async with rig(tmp_path, rescan_every=0.1, events=False) as this:
@@ -564,6 +579,7 @@ async def test_what_the_listing_finds_comes_in_the_order_in_which_it_was_saved(t
         assert got == [f"aside/{name}" for name in names]
 
 
+@pytest.mark.fault("B1")
 async def test_a_queue_that_overflows_is_a_reason_to_list(tmp_path: Path) -> None:
     async with rig(tmp_path, rules=QUICK) as this:
         tree = this.watcher._tree
@@ -606,6 +622,7 @@ async def test_five_thousand_files_at_the_start_are_taken_once(tmp_path: Path) -
 # --- the watch is lost, and found again --------------------------------------------------------------
 
 
+@pytest.mark.fault("B3")
 async def test_a_watch_directory_that_is_made_anew_is_watched_anew(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -622,6 +639,7 @@ async def test_a_watch_directory_that_is_made_anew_is_watched_anew(tmp_path: Pat
             assert await this.until(f"{n}.pt") == [f"{n}.pt"]
 
 
+@pytest.mark.fault("B3")
 async def test_a_watch_directory_that_was_swapped_is_noticed_by_its_inode(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -635,6 +653,7 @@ async def test_a_watch_directory_that_was_swapped_is_noticed_by_its_inode(tmp_pa
         assert this.all(WatchLost)[0].reason == "the watch directory was moved away"
 
 
+@pytest.mark.fault("B7")
 async def test_an_exception_in_the_thread_is_told_and_mended(tmp_path: Path) -> None:
     async with rig(tmp_path) as this:
         inbox = this.watcher._inbox
@@ -652,6 +671,7 @@ async def test_an_exception_in_the_thread_is_told_and_mended(tmp_path: Path) -> 
         assert [each.reason for each in this.all(Rescanned)] == ["start", "rewatch"]
 
 
+@pytest.mark.fault("B7")
 async def test_a_thread_that_is_dead_is_noticed_at_the_next_listing(tmp_path: Path) -> None:
     async with rig(tmp_path, rescan_every=0.2) as this:
         tree = this.watcher._tree
@@ -667,6 +687,7 @@ async def test_a_thread_that_is_dead_is_noticed_at_the_next_listing(tmp_path: Pa
         assert await this.until("y.pt") == ["y.pt"]
 
 
+@pytest.mark.fault("E4")
 async def test_a_catch_that_fails_is_told_once_and_tried_again(tmp_path: Path) -> None:
     async with rig(tmp_path, rescan_every=0.1) as this:
         this.holds.refuse = OSError(28, "No space left on device")

@@ -612,6 +612,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault("A11")
 def test_names_go_round_byte_for_byte_or_are_refused_with_a_reason(
     tmp_path: Path, watch: Path, target: Target
 ) -> None:
@@ -645,6 +646,7 @@ def test_names_go_round_byte_for_byte_or_are_refused_with_a_reason(
         assert it.stop() == 0
 
 
+@pytest.mark.fault("A11")
 @ON_ONE
 def test_our_own_names_are_never_shadowed(watch: Path, target: Target) -> None:
     """Whatever the pattern: not the manifest, and nothing out of the spool."""
@@ -696,6 +698,7 @@ def torn_files() -> dict[str, tuple[bytes, str]]:
     }
 
 
+@pytest.mark.fault("A3", "A4")
 def test_a_torn_file_is_reported_and_never_uploaded_and_its_whole_version_is(
     watch: Path, target: Target
 ) -> None:
@@ -757,6 +760,7 @@ def test_a_legacy_save_is_uploaded_once_it_has_settled_and_loads(watch: Path, ta
     assert bool((loaded["weight"] == 4).all())
 
 
+@pytest.mark.fault("A10")
 @ON_ONE
 def test_symlinks_are_never_followed_and_said_once(tmp_path: Path, watch: Path, target: Target) -> None:
     """To a checkpoint inside or outside, dangling, in a loop, to a directory: the bytes behind stay there."""
@@ -787,6 +791,7 @@ def test_symlinks_are_never_followed_and_said_once(tmp_path: Path, watch: Path, 
     assert all((watch / name).is_symlink() for name in links)
 
 
+@pytest.mark.fault("A10")
 @ON_ONE
 def test_a_symlinked_directory_is_not_entered_and_said(tmp_path: Path, watch: Path, target: Target) -> None:
     """Its checkpoints would else be missed in silence."""
@@ -884,6 +889,7 @@ def test_a_file_that_may_not_be_read_is_no_event_that_was_missed(watch: Path, ta
         assert it.events("rescanned") == []
 
 
+@pytest.mark.fault("A18")
 @WITHOUT_POWER
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 @ON_ONE
@@ -902,6 +908,7 @@ def test_a_file_of_another_user_that_may_not_be_read_is_said_with_its_mend(
         assert MEND_RIGHTS in failed["hint"] + failed["error"]
 
 
+@pytest.mark.fault("B8")
 @WITHOUT_POWER
 @ON_ONE
 def test_a_directory_that_may_not_be_listed_is_said_once(watch: Path, target: Target) -> None:
@@ -922,6 +929,7 @@ def test_a_directory_that_may_not_be_listed_is_said_once(watch: Path, target: Ta
         (watch / "closed").chmod(0o700)
 
 
+@pytest.mark.fault("B5")
 @ON_ONE
 def test_files_that_vanish_or_come_and_go_leave_nothing_half(watch: Path, target: Target) -> None:
     """Whatever of them is in the bucket was saved just so; the last of each name is durable."""
@@ -977,6 +985,7 @@ def roomy() -> Iterator[Path]:
 TOO_LARGE = 49 * 1024**4
 
 
+@pytest.mark.fault("A17")
 @ON_ONE
 def test_a_file_larger_than_s3_can_hold_is_refused_and_not_read_through(roomy: Path, target: Target) -> None:
     """It is named with both sizes and the mend, as what can never be uploaded; the others are served."""

@@ -173,6 +173,7 @@ signal.pause()
 # --- how trainers save --------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("A5")
 def test_ten_checkpoints_that_are_rotated_away_at_once_all_arrive(tmp_path: Path, target: Target) -> None:
     """Each is deleted as soon as the next one stands; real ones, saved in place."""
     watch = tmp_path / "ckpt"
@@ -197,6 +198,7 @@ for n in range(10):
         assert torch.load(io.BytesIO(body), weights_only=True)["n"] == n
 
 
+@pytest.mark.fault("A6")
 def test_a_name_that_is_replaced_again_and_again_ends_as_the_last_save(
     tmp_path: Path, target: Target
 ) -> None:
@@ -219,6 +221,7 @@ def test_a_name_that_is_replaced_again_and_again_ends_as_the_last_save(
     assert target.listed() == ["last.pt"]
 
 
+@pytest.mark.fault("A2")
 def test_a_slow_save_into_its_final_name_is_taken_when_it_is_whole(tmp_path: Path, target: Target) -> None:
     """Written in place with pauses longer than --settle: never before its end, and then once."""
     watch = tmp_path / "ckpt"
