@@ -16,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 
@@ -29,7 +29,7 @@ from ckpt_sidecar.events import Event, Failed, Progress
 from ckpt_sidecar.formats import flaw_of
 from ckpt_sidecar.landing import Landing, NoRoom
 from ckpt_sidecar.ledger import Ledger, Times
-from ckpt_sidecar.log import Log, configure, default_stream, on_terminal
+from ckpt_sidecar.log import Log, Outlet, configure, default_stream, on_terminal
 from ckpt_sidecar.manifest import Holder
 from ckpt_sidecar.metrics import Metrics
 from ckpt_sidecar.names import MANIFEST_NAME
@@ -42,6 +42,7 @@ from ckpt_sidecar.spool import Spool, SpoolError
 from ckpt_sidecar.web import CannotListen, Status, serve
 
 Tell = Callable[[Event], None]
+LAST_LINES_SECONDS = 2.0  # for the log's last lines to leave, where nobody reads
 
 
 def _times() -> Times:
@@ -67,11 +68,12 @@ def _me(settings: Settings) -> Holder:
     return Holder("", settings.attempt or _attempt(host), host, os.getpid(), time.time_ns())
 
 
-def _start_log(settings: Settings) -> Log:
+def _start_log(settings: Settings, outlet: Outlet | None = None) -> Log:
     stream = default_stream()
     terminal = on_terminal(stream)
     readable = settings.log_format == "console" or (settings.log_format == "auto" and terminal)
-    configure(stream, readable=readable, colors=terminal and "NO_COLOR" not in os.environ)
+    to = cast("TextIO", outlet or stream)
+    configure(to, readable=readable, colors=terminal and "NO_COLOR" not in os.environ)
     return Log(seconds=time.monotonic)
 
 
@@ -113,7 +115,19 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
     """
     for number in _heard(ENDS):  # until the loop takes them; PID 1 would not even notice
         signal.signal(number, _stopped_early)
-    log = _start_log(settings)
+    outlet = Outlet(default_stream().fileno())
+
+    def leave_now(end: End) -> None:
+        outlet.settle(LAST_LINES_SECONDS)
+        leave(end.code, end.reason)
+
+    try:
+        return _live(settings, command, log=_start_log(settings, outlet), leave=leave_now)
+    finally:
+        outlet.settle(LAST_LINES_SECONDS)
+
+
+def _live(settings: Settings, command: Sequence[str], *, log: Log, leave: Callable[[End], None]) -> End:
     threading.excepthook = log.thread_crashed
     book = Book()
     readers: list[Tell] = [_with_progress(log.tell)]
@@ -131,7 +145,7 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
                 book=book,
                 readers=readers,
                 tell=tell,
-                leave=lambda end: leave(end.code, end.reason),
+                leave=leave,
             )
             return asyncio.run(daemon)
     except click.ClickException:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 import ckpt_sidecar
 from tests.conftest import ON_ONE
-from tests.whole.running import SECONDS, Daemon, Target, daemon, save
+from tests.whole.running import SECONDS, Daemon, Target, daemon, save, until
 
 CRASHED = 70
 
@@ -205,3 +206,129 @@ while True:
     with daemon(watch, target) as again:
         again.wait_durable("last.pt", b"the last words")
         assert again.stop() == 0
+
+
+# --- a log that goes nowhere --------------------------------------------------------------------------------
+
+
+def fill(pipe: int) -> None:
+    """Fill the pipe up: the next write waits."""
+    os.set_blocking(pipe, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, bytes(4096))
+
+
+@pytest.fixture
+def nowhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where a shell is to send the output: nowhere, to a full disk, into a pipe that is full."""
+    if request.param in (">&- 2>&- <&-", ">/dev/full 2>&1"):
+        yield request.param
+        return
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    pipe = os.open(fifo, os.O_RDWR)
+    fill(pipe)
+    yield f">{fifo} 2>&1"
+    os.close(pipe)
+
+
+@pytest.mark.fault("E11")
+@pytest.mark.parametrize(
+    "nowhere",
+    [
+        "full",
+        *(pytest.param(each, marks=pytest.mark.long) for each in (">/dev/full 2>&1",)),
+    ],
+    indirect=True,
+)
+@ON_ONE
+def test_a_log_that_goes_nowhere_stops_neither_uploads_nor_the_end(
+    watch: Path, target: Target, nowhere: str
+) -> None:
+    """Checkpoints become durable, it answers, and it ends as it should; so does its trainer."""
+    script = f"""
+import os, pathlib, time
+for n in range(3):
+    pathlib.Path({str(watch)!r}, f"{{n}}.tmp").write_bytes(b"weights %d" % n)
+    pathlib.Path({str(watch)!r}, f"{{n}}.tmp").rename(pathlib.Path({str(watch)!r}, f"{{n}}.pt"))
+while not os.path.exists({str(watch.parent / "enough")!r}):
+    time.sleep(0.01)
+"""
+    shell = ("sh", "-c", f'exec "$@" {nowhere}', "sh")
+    with daemon(watch, target, "--", sys.executable, "-c", script, before=shell) as it:
+        it.until(lambda: len(target.listed()) == 3)
+        assert it.ask("/healthz") == (200, "ok\n")
+        assert it.metrics()['ckpt_sidecar_checkpoints_total{outcome="committed"}'] == 3
+        (watch.parent / "enough").touch()
+        assert it.ended() == 0
+    assert {path.name for path in watch.iterdir()} == {".ckpt-sidecar", "0.pt", "1.pt", "2.pt"}
+
+
+@pytest.mark.fault("E11")
+@ON_ONE
+def test_a_log_whose_reader_goes_away_stops_nothing(watch: Path, target: Target) -> None:
+    """`ckpt-sidecar … 2>&1 | head -1`."""
+    shell = ("sh", "-c", f'"$@" 2>&1 >/dev/null | head -1 >{watch.parent}/first', "sh")
+    with daemon(watch, target, before=shell) as it:
+        until(lambda: target_of(watch))
+        until((watch.parent / "first").exists)
+        save(watch / "a.pt", b"weights")
+        until(lambda: target.holds("a.pt", b"weights"))
+        os.kill(target_of(watch), signal.SIGTERM)
+        it.process.wait(SECONDS)
+
+
+def target_of(watch: Path) -> int:
+    """Return the pid that the spool's record tells; 0 before."""
+    record = watch / ".ckpt-sidecar/spool.json"
+    return int(json.loads(record.read_bytes()).get("pid", 0)) if record.exists() else 0
+
+
+# --- a trainer that behaves badly ---------------------------------------------------------------------------
+
+SAVES = """
+import os, pathlib, signal, subprocess, sys, time
+watch = pathlib.Path(sys.argv[1])
+(watch / "a.tmp").write_bytes(b"weights")
+(watch / "a.tmp").rename(watch / "a.pt")
+"""
+BADLY = {
+    "os.kill(os.getpid(), signal.SIGSEGV)": 128 + signal.SIGSEGV,
+    # its grandchild has our standard output, and holds nobody up
+    "(watch.parent / 'pid').write_text(f'{subprocess.Popen([\"sleep\", \"1000\"]).pid}\\n'); sys.exit(3)": 3,
+    "for _ in range(5000): print('x' * 10_000); print('y' * 10_000, file=sys.stderr)\nsys.exit(0)": 0,
+}
+
+
+@pytest.mark.fault("E13")
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [pytest.param(*each, marks=pytest.mark.long) for each in BADLY.items()],
+    ids=["segv", "grandchild", "flood"],
+)
+@ON_ONE
+def test_a_trainer_that_ends_badly_has_its_exit_code_and_its_saves(
+    watch: Path, target: Target, end: str, code: int
+) -> None:
+    """As a shell gives it; nobody waits for what it leaves behind; what it saved is durable."""
+    try:
+        with daemon(watch, target, "--", sys.executable, "-c", SAVES + end, str(watch)) as it:
+            assert it.ended() == code
+    finally:
+        if grandchild := number_in(watch.parent / "pid"):
+            os.kill(grandchild, signal.SIGKILL)
+    assert target.holds("a.pt", b"weights")
+
+
+@pytest.mark.fault("E13")
+@ON_ONE
+def test_a_trainer_that_does_not_want_to_stop_is_killed_after_a_bounded_wait(
+    watch: Path, target: Target
+) -> None:
+    """137, as a shell has it; what it saved is durable."""
+    script = SAVES.replace("import", "import signal; signal.signal(15, signal.SIG_IGN)\nimport", 1)
+    command = ("--", sys.executable, "-c", script + "while True: time.sleep(1)", str(watch))
+    with daemon(watch, target, "--drain-timeout", "2", *command) as it:
+        it.wait_durable("a.pt", b"weights")
+        assert it.stop() == 128 + signal.SIGKILL
