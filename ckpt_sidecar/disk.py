@@ -5,6 +5,7 @@ Tests put a `Disk` in its place that counts the calls, and fails or kills at the
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,17 @@ def files_below(folder: Path) -> Iterator[Path]:
     """Yield whatever is no directory below the folder; what vanishes meanwhile is passed over."""
     for at, _, names in os.walk(folder):
         yield from (Path(at, name) for name in names)
+
+
+def mend_of(error: OSError) -> str:
+    """What to do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room there"
+    if error.errno == errno.EROFS:
+        return "mount it writable"
+    if error.errno == errno.EIO:
+        return "look at the disk, and at the kernel's log"
+    return "run the sidecar as the trainer's user, with the directory writable for it"
 
 
 class Disk:
