@@ -191,7 +191,10 @@ async def _daemon(
     host, port = settings.address()
 
     def bound(port: int) -> None:
-        spool.serving(address=f"{_reachable(host)}:{port}", pid=os.getpid())
+        try:
+            spool.serving(address=f"{_reachable(host)}:{port}", pid=os.getpid())
+        except OSError as error:  # then `status` and `wait` do not find us; nothing else is worse for it
+            tell(Failed("start", "disk", str(spool.home), str(error), "look at the watch dir's disk"))
 
     async with _bucket(settings, tell) as bucket:
         world = World(bucket, _times(), time.monotonic, _me(settings), tell, leave)

@@ -34,7 +34,7 @@ def watch(tmp_path: Path) -> Path:
 
 # --- a bug ---------------------------------------------------------------------------------------------
 
-# The program with a bug put in: a named task, or a function of ours, raises once the file `NOW` is there.
+# The program with a fault put in: a named task, or a function of ours, raises once the file `NOW` is there.
 WITH_A_BUG = """
 import asyncio, importlib, os, sys
 from ckpt_sidecar.cli import main
@@ -42,7 +42,7 @@ from ckpt_sidecar.cli import main
 where, now = os.environ["BUG"], os.environ["NOW"]
 
 def bug():
-    raise ZeroDivisionError("a bug in " + where)
+    raise eval(os.environ["RAISES"])("a bug in " + where)
 
 async def broken(real):
     running = asyncio.ensure_future(real)
@@ -82,11 +82,13 @@ def number_in(path: Path) -> int | None:
 
 
 @contextmanager
-def with_a_bug(watch: Path, target: Target, where: str, *more: str) -> Iterator[tuple[Daemon, Path]]:
+def with_a_bug(
+    watch: Path, target: Target, where: str, *more: str, raises: str = "ZeroDivisionError"
+) -> Iterator[tuple[Daemon, Path]]:
     """Run a sidecar that has a bug; yield it, and the file that brings the bug out."""
     script, now = watch.parent / "with_a_bug.py", watch.parent / "now"
     script.write_text(WITH_A_BUG)
-    env = {"BUG": where, "NOW": str(now)}
+    env = {"BUG": where, "NOW": str(now), "RAISES": raises}
     with daemon(watch, target, *more, env=env, before=(sys.executable, str(script))) as it:
         yield it, now
 
@@ -206,6 +208,21 @@ while True:
     with daemon(watch, target) as again:
         again.wait_durable("last.pt", b"the last words")
         assert again.stop() == 0
+
+
+@pytest.mark.long
+@pytest.mark.fault("E5")
+@ON_ONE
+def test_a_disk_that_does_not_take_the_address_ends_nothing(watch: Path, target: Target) -> None:
+    """`status` will not find it, and the log says why; checkpoints become durable."""
+    (watch.parent / "now").touch()
+    with with_a_bug(watch, target, "spool:Spool.serving", raises="OSError") as (it, _):
+        failed = it.wait_said("failed", stage="start", reason="disk")
+        assert failed["what"] == str(watch / ".ckpt-sidecar")
+        it.wait_said("ready")
+        save(watch / "a.pt", b"weights")
+        it.wait_durable("a.pt")
+        assert it.stop() == 0
 
 
 # --- a log that goes nowhere --------------------------------------------------------------------------------
