@@ -21,6 +21,7 @@ from typing import Any, TextIO, cast
 import click
 
 from ckpt_sidecar import __version__
+from ckpt_sidecar.bodies import started
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Missing
 from ckpt_sidecar.checkpoint import Book
 from ckpt_sidecar.child import ENDS, FORWARDED, STOPS, CannotRun, Child, reap_orphans
@@ -115,7 +116,10 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
     """
     for number in _heard(ENDS):  # until the loop takes them; PID 1 would not even notice
         signal.signal(number, _stopped_early)
-    outlet = Outlet(default_stream().fileno())
+    try:
+        outlet = Outlet(default_stream().fileno())
+    except RuntimeError:
+        raise click.ClickException(_threads_needed(settings)) from None
 
     def leave_now(end: End) -> None:
         outlet.settle(LAST_LINES_SECONDS)
@@ -154,8 +158,22 @@ def _live(settings: Settings, command: Sequence[str], *, log: Log, leave: Callab
         leaf = _leaf(error)
         if isinstance(leaf, CannotRun | CannotListen):
             raise click.ClickException(str(leaf)) from None
+        if isinstance(leaf, RuntimeError) and "start new thread" in str(leaf):
+            raise click.ClickException(_threads_needed(settings)) from None
         log.crashed(error)
         return End(Exit.CRASHED, f"a bug has ended it: {type(leaf).__name__}: {leaf}")
+
+
+def _threads_needed(settings: Settings) -> str:
+    count = 3 + settings.workers + _disk_threads(settings)  # the loop's, the log's, inotify's
+    return (
+        f"it needs {count} threads, and cannot start them all "
+        "(raise `ulimit -u`, or the container's limit of pids, or give fewer --workers)"
+    )
+
+
+def _disk_threads(settings: Settings) -> int:
+    return settings.workers + 2  # each may read or write; so may take-in, and a name be looked up
 
 
 def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
@@ -188,6 +206,7 @@ async def _daemon(
         book=book,
     )
     readers += [metrics.tell, status.tell]
+    asyncio.get_running_loop().set_default_executor(started(_disk_threads(settings), "disk"))
     host, port = settings.address()
 
     def bound(port: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from watchdog.observers.inotify_c import InotifyFD
 
+from ckpt_sidecar.bodies import started
 from ckpt_sidecar.checkpoint import Checkpoint, Committed, File
 from ckpt_sidecar.disk import PinnedFile
-from ckpt_sidecar.events import Failed, Fenced
+from ckpt_sidecar.events import Failed, Fenced, Rescanned, WatchLost
 from ckpt_sidecar.sidecar import Exit, Sidecar
 from ckpt_sidecar.spool import Spool
-from tests.engine.support import SECOND, Hurt, listed, manifest_in, opened_spool, pin, save
+from tests.engine.support import SECOND, Hurt, descriptors, listed, manifest_in, opened_spool, pin, save
 from tests.engine.test_drain import LARGE, Life, living
 from tests.fakes import MemoryBucket
 
@@ -312,3 +315,56 @@ async def test_a_wall_clock_that_jumps_a_day_changes_neither_ids_nor_order(
         await life.ready()
         assert life.restored == ("restored", "last.pt")
         await life.stop()
+
+
+# --- limits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E7")
+async def test_without_a_thread_for_events_the_rescan_alone_serves(
+    tmp_path: Path, memory: MemoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again at every listing, which costs no descriptor; once there is one, events come again."""
+
+    def cannot(_thread: InotifyFD) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = descriptors()
+    async with living(tmp_path / "a", memory, rescan_every=0.1) as life:
+        with monkeypatch.context() as limited:
+            limited.setattr(InotifyFD, "start", cannot)
+            await life.ready()
+            await life.save("x.pt")
+            await life.told.until(life.committed("x.pt"))
+            started = len(life.told.of(Rescanned))
+            held = descriptors()
+            await life.told.until(lambda: len(life.told.of(Rescanned)) > started + 3)
+            assert descriptors() == held
+            (lost,) = life.told.of(WatchLost)
+            assert "no more threads" in lost.reason
+            assert "ulimit -u" in lost.reason
+        await life.told.until(lambda: [each for each in life.told.of(Rescanned) if each.reason == "rewatch"])
+        assert (await life.stop()).code == Exit.DURABLE
+    assert descriptors() == before
+
+
+@pytest.mark.fault("E7")
+def test_a_pool_has_all_its_threads_from_the_start_or_says_that_it_has_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """None is missing later, when others have used the limit up; a start that failed leaves none."""
+    pool = started(5, "of-the-test")
+    assert sum(each.name.startswith("of-the-test") for each in threading.enumerate()) == 5
+    pool.shutdown()
+    real, left = threading.Thread.start, [3]
+
+    def start(thread: threading.Thread) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="new thread"):
+        started(5, "of-the-test")
+    assert not [each for each in threading.enumerate() if each.name.startswith("of-the-test")]

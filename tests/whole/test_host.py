@@ -6,14 +6,16 @@ import ast
 import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 import ckpt_sidecar
+from ckpt_sidecar.bucket import MIB
 from tests.conftest import ON_ONE
 from tests.whole.running import SECONDS, Daemon, Target, daemon, save, until
 
@@ -350,3 +352,70 @@ def test_a_trainer_that_does_not_want_to_stop_is_killed_after_a_bounded_wait(
     with daemon(watch, target, "--drain-timeout", "2", *command) as it:
         it.wait_durable("a.pt", b"weights")
         assert it.stop() == 128 + signal.SIGKILL
+
+
+# --- limits ---------------------------------------------------------------------------------------------
+
+# A user that nobody else is, who may read what root may: the limit of processes holds for it alone.
+NOBODY_ELSE = 54_321
+CAPS = "-all,+dac_override,+dac_read_search"
+AS_NOBODY_ELSE = (
+    *("setpriv", f"--reuid={NOBODY_ELSE}", f"--regid={NOBODY_ELSE}", "--clear-groups"),
+    *(f"--inh-caps={CAPS}", f"--ambient-caps={CAPS}"),
+)
+
+
+def limited(*words: str) -> Sequence[str]:
+    """Return what runs a command within these limits; skip where that cannot be."""
+    before = (*AS_NOBODY_ELSE, "prlimit", *words) if os.geteuid() == 0 else ("prlimit", *words)
+    try:
+        tried = subprocess.run([*before, "true"], capture_output=True, timeout=SECONDS, check=False)
+    except OSError:
+        pytest.skip("setpriv and prlimit are needed")
+    if tried.returncode:
+        pytest.skip(f"it cannot be limited here: {tried.stderr.decode()}")
+    return before
+
+
+def saves_and_ends(it: Daemon, target: Target, count: int) -> None:
+    """Have it make checkpoints of several parts durable, scraped meanwhile, and end."""
+    it.until(lambda: it.events("ready"))
+    bodies = {f"{n}.pt": bytes([n + 1]) * (20 * MIB + n) for n in range(count)}
+    for name, body in bodies.items():
+        save(it.watch / name, body)
+    it.until(lambda: (it.ask("/metrics"), len(target.listed()) == count)[1])
+    for name, body in bodies.items():
+        assert target.holds(name, body)
+    assert it.stop() == 0
+    assert it.events("failed") == []
+
+
+@pytest.mark.long
+@pytest.mark.fault("E7")
+@ON_ONE
+def test_it_works_with_64_descriptors(watch: Path, target: Target) -> None:
+    """While parts are sent, files come in, and somebody scrapes."""
+    with daemon(watch, target, before=("prlimit", "--nofile=64:64")) as it:
+        saves_and_ends(it, target, 5)
+
+
+@pytest.mark.fault("E7")
+@pytest.mark.parametrize(
+    ("threads", "enough"),
+    [(13, True), *(pytest.param(n, False, marks=pytest.mark.long) for n in (1, 2, 6, 11))],
+)
+@ON_ONE
+def test_it_works_within_the_threads_that_it_says_at_the_start_that_it_needs(
+    watch: Path, target: Target, threads: int, *, enough: bool
+) -> None:
+    """Later it needs no more. With fewer it ends at once, in one line, with the number and the mend."""
+    watch.parent.chmod(0o777)
+    before = limited(f"--nproc={threads}:{threads}")
+    with daemon(watch, target, before=before) as it:
+        if enough:
+            saves_and_ends(it, target, 2)
+        else:
+            assert it.ended() == 1
+            assert it.said.splitlines()[-1].startswith(
+                "Error: it needs 13 threads, and cannot start them all (raise `ulimit -u`"
+            )
