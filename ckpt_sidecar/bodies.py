@@ -115,6 +115,23 @@ class Held:
         return len(found)
 
 
+def started(count: int, name: str) -> ThreadPoolExecutor:
+    """Return a pool whose threads all run already: none is missing later, when others have used a limit up.
+
+    RuntimeError when they cannot be had.
+    """
+    pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+    all_here = threading.Barrier(count)
+    try:
+        for job in [pool.submit(all_here.wait) for _ in range(count)]:
+            job.result()
+    except RuntimeError:
+        all_here.abort()
+        pool.shutdown()
+        raise
+    return pool
+
+
 class BodyThreads:
     """Sends and fetches bodies through a boto3 client; errors come out as it, source or sink raise them.
 
@@ -128,7 +145,7 @@ class BodyThreads:
         client.meta.events.register("before-send.s3", self._put_in)
         self._buffer_bytes = buffer_bytes
         self._own = threading.local()
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="body")
+        self._threads = started(workers, "body")
 
     def close(self) -> None:
         """End the threads; none is at work any more, for every await of one was waited for."""

@@ -276,8 +276,21 @@ def _in_words(told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _fill_streams() -> None:
+    """Put nothing where a standard stream was closed: else the next file or socket gets its number.
+
+    A trainer, too, then has nothing as its standard output, instead of none.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free is this one
+            os.set_inheritable(nothing, True)  # noqa: FBT003
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; what stands after `--` is the child's."""
+    _fill_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     child: list[str] | None = None
     if "--" in words:

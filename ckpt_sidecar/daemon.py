@@ -16,11 +16,12 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import click
 
 from ckpt_sidecar import __version__
+from ckpt_sidecar.bodies import started
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Missing
 from ckpt_sidecar.checkpoint import Book
 from ckpt_sidecar.child import ENDS, FORWARDED, STOPS, CannotRun, Child, reap_orphans
@@ -29,7 +30,7 @@ from ckpt_sidecar.events import Event, Failed, Progress
 from ckpt_sidecar.formats import flaw_of
 from ckpt_sidecar.landing import Landing, NoRoom
 from ckpt_sidecar.ledger import Ledger, Times
-from ckpt_sidecar.log import Log, configure, default_stream, on_terminal
+from ckpt_sidecar.log import Log, Outlet, configure, default_stream, on_terminal
 from ckpt_sidecar.manifest import Holder
 from ckpt_sidecar.metrics import Metrics
 from ckpt_sidecar.names import MANIFEST_NAME
@@ -43,6 +44,7 @@ from ckpt_sidecar.spool import Spool, SpoolError
 from ckpt_sidecar.web import CannotListen, Status, serve
 
 Tell = Callable[[Event], None]
+LAST_LINES_SECONDS = 2.0  # for the log's last lines to leave, where nobody reads
 
 
 def _times() -> Times:
@@ -68,11 +70,12 @@ def _me(settings: Settings) -> Holder:
     return Holder("", settings.attempt or _attempt(host), host, os.getpid(), time.time_ns())
 
 
-def _start_log(settings: Settings) -> Log:
+def _start_log(settings: Settings, outlet: Outlet | None = None) -> Log:
     stream = default_stream()
     terminal = on_terminal(stream)
     readable = settings.log_format == "console" or (settings.log_format == "auto" and terminal)
-    configure(stream, readable=readable, colors=terminal and "NO_COLOR" not in os.environ)
+    to = cast("TextIO", outlet or stream)
+    configure(to, readable=readable, colors=terminal and "NO_COLOR" not in os.environ)
     return Log(seconds=time.monotonic)
 
 
@@ -114,7 +117,22 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
     """
     for number in _heard(ENDS):  # until the loop takes them; PID 1 would not even notice
         signal.signal(number, _stopped_early)
-    log = _start_log(settings)
+    try:
+        outlet = Outlet(default_stream().fileno())
+    except RuntimeError:
+        raise click.ClickException(_threads_needed(settings)) from None
+
+    def leave_now(end: End) -> None:
+        outlet.settle(LAST_LINES_SECONDS)
+        leave(end.code, end.reason)
+
+    try:
+        return _live(settings, command, log=_start_log(settings, outlet), leave=leave_now)
+    finally:
+        outlet.settle(LAST_LINES_SECONDS)
+
+
+def _live(settings: Settings, command: Sequence[str], *, log: Log, leave: Callable[[End], None]) -> End:
     threading.excepthook = log.thread_crashed
     book = Book()
     readers: list[Tell] = [_with_progress(log.tell)]
@@ -132,7 +150,7 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
                 book=book,
                 readers=readers,
                 tell=tell,
-                leave=lambda end: leave(end.code, end.reason),
+                leave=leave,
             )
             return asyncio.run(daemon)
     except click.ClickException:
@@ -141,8 +159,22 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
         leaf = _leaf(error)
         if isinstance(leaf, CannotRun | CannotListen):
             raise click.ClickException(str(leaf)) from None
+        if isinstance(leaf, RuntimeError) and "start new thread" in str(leaf):
+            raise click.ClickException(_threads_needed(settings)) from None
         log.crashed(error)
         return End(Exit.CRASHED, f"a bug has ended it: {type(leaf).__name__}: {leaf}")
+
+
+def _threads_needed(settings: Settings) -> str:
+    count = 3 + settings.workers + _disk_threads(settings)  # the loop's, the log's, inotify's
+    return (
+        f"it needs {count} threads, and cannot start them all "
+        "(raise `ulimit -u`, or the container's limit of pids, or give fewer --workers)"
+    )
+
+
+def _disk_threads(settings: Settings) -> int:
+    return settings.workers + 2  # each may read or write; so may take-in, and a name be looked up
 
 
 def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
@@ -175,10 +207,14 @@ async def _daemon(
         book=book,
     )
     readers += [metrics.tell, status.tell]
+    asyncio.get_running_loop().set_default_executor(started(_disk_threads(settings), "disk"))
     host, port = settings.address()
 
     def bound(port: int) -> None:
-        spool.serving(address=f"{_reachable(host)}:{port}", pid=os.getpid())
+        try:
+            spool.serving(address=f"{_reachable(host)}:{port}", pid=os.getpid())
+        except OSError as error:  # then `status` and `wait` do not find us; nothing else is worse for it
+            tell(Failed("start", "disk", str(spool.home), str(error), "look at the watch dir's disk"))
 
     async with _bucket(settings, tell) as bucket:
         world = World(bucket, _times(), time.monotonic, _me(settings), tell, leave)

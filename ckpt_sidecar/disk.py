@@ -5,6 +5,7 @@ Tests put a `Disk` in its place that counts the calls, and fails or kills at the
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -58,6 +59,17 @@ def leads_to(path: Path, file: BinaryIO) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except OSError:
         return False
+
+
+def mend_of(error: OSError) -> str:
+    """What to do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room there"
+    if error.errno == errno.EROFS:
+        return "mount it writable"
+    if error.errno == errno.EIO:
+        return "look at the disk, and at the kernel's log"
+    return "run the sidecar as the trainer's user, with the directory writable for it"
 
 
 class Disk:

@@ -34,6 +34,7 @@ _MASK = IN_CLOSE_WRITE | IN_MOVED_TO | IN_CREATE | IN_MOVE_SELF | IN_ONLYDIR  # 
 _MENDS = {
     errno.ENOSPC: "raise the sysctl fs.inotify.max_user_watches",
     errno.EMFILE: "raise the sysctl fs.inotify.max_user_instances, or the limit of open files",
+    errno.EAGAIN: "raise `ulimit -u`, or the container's limit of pids",
 }
 
 
@@ -144,7 +145,12 @@ class Tree:
         self._limited = False
         self._closing = False
         self._inotify = InotifyFD()
-        self._inotify.start()
+        try:
+            self._inotify.start()
+        except RuntimeError as error:
+            self._inotify._is_reading = False  # noqa: SLF001  (else it leaves its descriptors to its thread)
+            self._inotify.stop()
+            raise OSError(errno.EAGAIN, "no more threads can be started") from error
 
     def __repr__(self) -> str:
         return f"<{len(self._watches)} directories watched{'' if self.alive else ', but not alive'}>"

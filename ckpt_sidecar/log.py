@@ -6,10 +6,15 @@ every request or part is not logged, progress only every few seconds.
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import select
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, TextIO
 
@@ -41,6 +46,7 @@ from ckpt_sidecar.events import (
 )
 
 PROGRESS_SECONDS = 10.0
+LINES_WAITING = 2000  # for a reader who does not read; what comes then is dropped, and the gap is told
 WARNINGS = (
     Retrying,
     Torn,
@@ -53,6 +59,57 @@ WARNINGS = (
     Interruption,
 )
 ERRORS = (Failed, Fenced, FellBack)
+
+
+class Outlet(io.TextIOBase):
+    """A stream that makes nobody wait and never fails: a thread carries the lines to where they go.
+
+    Whoever reads our log may be slow, stuck or gone, and the disk that it goes to may be full.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._waiting: deque[str] = deque()
+        self._dropped = 0
+        self._changed = threading.Condition()
+        threading.Thread(target=self._carry, name="log", daemon=True).start()
+
+    def write(self, text: str) -> int:
+        """Take in whole lines."""
+        with self._changed:
+            if len(self._waiting) < LINES_WAITING:
+                self._waiting.append(text)
+                self._changed.notify_all()
+            else:
+                self._dropped += 1
+        return len(text)
+
+    def settle(self, seconds: float) -> bool:
+        """Wait until all has left, but not longer than that; has it?"""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting, seconds)
+
+    def _carry(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                text = self._waiting[0]
+            self._put(memoryview(text.encode("utf-8", "backslashreplace")))
+            with self._changed:
+                self._waiting.popleft()
+                self._changed.notify_all()
+                dropped, self._dropped = self._dropped, 0
+            if dropped:
+                structlog.get_logger().warning("log_lines_dropped", lines=dropped)
+
+    def _put(self, left: memoryview) -> None:
+        """Write all of it, however long that takes; where that cannot be, nobody is told."""
+        with suppress(OSError):
+            while left:
+                try:
+                    left = left[os.write(self._descriptor, left) :]
+                except BlockingIOError:  # somebody who shares it has made it so
+                    select.select([], [self._descriptor], [])
 
 
 def configure(stream: TextIO, *, readable: bool, colors: bool) -> None:
@@ -74,7 +131,7 @@ def configure(stream: TextIO, *, readable: bool, colors: bool) -> None:
         )
     structlog.configure(
         processors=[*shared, render],
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(stream)

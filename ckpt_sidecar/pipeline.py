@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 
 from ckpt_sidecar.bucket import BucketError, ObjectRef, Unreachable
 from ckpt_sidecar.checkpoint import (
@@ -24,7 +25,7 @@ from ckpt_sidecar.checkpoint import (
     Uploading,
     advance,
 )
-from ckpt_sidecar.disk import BytesChanged
+from ckpt_sidecar.disk import BytesChanged, mend_of
 from ckpt_sidecar.events import Deleted, Event, Failed, Moved, PinnedByDescriptor, Retrying
 from ckpt_sidecar.landing import Landing
 from ckpt_sidecar.ledger import Ledger, Times
@@ -136,15 +137,19 @@ class Pipeline:
 
     async def pin(self, batch: Sequence[Found]) -> None:
         """Make checkpoints of what was found, durably queued, in this order."""
+        doubts: list[OSError] = []
         pinned, failed = await asyncio.to_thread(
-            self._spool.pin, [(each.caught, each.file) for each in batch]
+            self._spool.pin, [(each.caught, each.file) for each in batch], doubts.append
         )
         for each in batch:
             if each.caught.descriptor is not None:
                 self._tell(PinnedByDescriptor(each.file.name, "no hard link could be made"))
         for caught, error in failed:
-            self._tell(Failed("pin", "disk", caught.name, str(error), "make room on the watch dir's disk"))
+            self._tell(Failed("pin", "disk", caught.name, str(error), mend_of(error)))
             self._watcher.take_back(caught, after=LOCAL_TROUBLE_REST)
+        for error, checkpoint in product(doubts, pinned):  # it is sent all the same, and then durable
+            what = f"it is pinned, but a power loss may undo that: {error}"
+            self._tell(Failed("pin", "disk", checkpoint.name, what, mend_of(error)))
         for checkpoint in pinned:
             for older in self.book.named(checkpoint.name):
                 self._resting.pop(older.id, None)  # it is to be ended, and at once

@@ -21,7 +21,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import count
@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
-from ckpt_sidecar.disk import Disk, PinnedFile, file_of, leads_to, locked, nameless_bytes
+from ckpt_sidecar.disk import Disk, PinnedFile, file_of, leads_to, locked, mend_of, nameless_bytes
 from ckpt_sidecar.journal import Record, Recovered, dump_entry, load_record, pid_of, read_entry, read_json
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
@@ -75,12 +75,8 @@ class Spool:
             return self._read_record(new_id, self.known.read())
         except OSError as error:
             self.close()
-            mend = "run the sidecar as the trainer's user, with the directory writable for it"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                mend = "make room there"
-            raise SpoolError(
-                f"cannot write into the watch dir: {error.strerror}: {error.filename or self.home} ({mend})"
-            ) from error
+            what = f"{error.strerror}: {error.filename or self.home} ({mend_of(error)})"
+            raise SpoolError(f"cannot write into the watch dir: {what}") from error
         except SpoolError:
             self.close()
             raise
@@ -215,10 +211,8 @@ class Spool:
     def _catch_by_descriptor(self, path: Path, name: str) -> Caught | None:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
         except OSError as error:
-            if error.errno == errno.ELOOP:  # a symlink stands there now
+            if error.errno in (errno.ENOENT, errno.ELOOP):  # it is gone, or a symlink stands there now
                 return None
             raise
         status = os.fstat(descriptor)
@@ -251,11 +245,12 @@ class Spool:
     # --- pins ---
 
     def pin(
-        self, batch: Sequence[tuple[Caught, File]]
+        self, batch: Sequence[tuple[Caught, File]], in_doubt: Callable[[OSError], None] = lambda _: None
     ) -> tuple[list[Checkpoint], list[tuple[Caught, OSError]]]:
         """Make checkpoints of what was caught and found whole, numbered in this order, durably queued.
 
-        Returns them, and what could not be pinned with the reason; that stays caught.
+        Returns them, and what could not be pinned with the reason; that stays caught. `in_doubt` is told
+        when the pins are made, but a power loss may undo them.
         """
         pinned, failed = [], []
         with self._mutex, suppress(OSError, SpoolError):  # what cannot be pinned says so itself
@@ -267,8 +262,12 @@ class Spool:
                     pinned.append(self._pin(caught, file))
             except OSError as error:
                 failed.append((caught, error))
-        with suppress(FileNotFoundError):  # removed under us: the pins will be missed when they are sent
+        try:
             self.disk.sync_dir(self._pins)
+        except FileNotFoundError:
+            pass  # removed under us: the pins will be missed when they are sent
+        except OSError as error:  # not asked again: the kernel tells it once, and then forgets
+            in_doubt(error)
         return pinned, failed
 
     def _pin(self, caught: Caught, file: File) -> Checkpoint:

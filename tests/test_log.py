@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import typing
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pytest
 import structlog
 
 from ckpt_sidecar import checkpoint, events
+from ckpt_sidecar import log as log_module
 from ckpt_sidecar.checkpoint import Changed, Committed, Pinned, Skipped, Stored, Superseded, Uploading
 from ckpt_sidecar.events import (
     Event,
@@ -29,7 +32,7 @@ from ckpt_sidecar.events import (
     Torn,
     event_name,
 )
-from ckpt_sidecar.log import PROGRESS_SECONDS, Log, configure, default_stream, on_terminal
+from ckpt_sidecar.log import PROGRESS_SECONDS, Log, Outlet, configure, default_stream, on_terminal
 from tests.test_metrics import EVENTS, FIRST, OBJECTS, SAVED, moved, saved
 
 Lines = Callable[[], list[str]]
@@ -364,3 +367,65 @@ def test_it_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_request_costs_no_line() -> None:
     """Thousands may come in a second."""
     assert Written().tell(*[Requested("put_part", "ok", 0.1)] * 1000) == []
+
+
+# --- where nobody reads ---------------------------------------------------------------------------------
+
+
+def fill(pipe: int) -> None:
+    """Fill the pipe up: the next write waits."""
+    os.set_blocking(pipe, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(pipe, bytes(4096))
+    os.set_blocking(pipe, True)
+
+
+@pytest.mark.fault("E11")
+def test_a_pipe_that_nobody_reads_makes_nobody_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many lines wait, what comes then is dropped; once somebody reads, they come, and the gap is told."""
+    monkeypatch.setattr(log_module, "LINES_WAITING", 10)
+    reading, writing = os.pipe()
+    fill(writing)
+    outlet = Outlet(writing)
+    configure(cast("TextIO", outlet), readable=False, colors=False)
+    for n in range(15):
+        structlog.get_logger().info("line", n=n)
+    outlet.settle(0.01)
+    with os.fdopen(reading, "rb") as reader:
+        lines = iter(lambda: json.loads(reader.readline().lstrip(b"\0")), None)
+        told = [next(lines) for _ in range(11)]
+    assert [line.get("n") for line in told] == [*range(10), None]
+    assert (told[-1]["event"], told[-1]["lines"]) == ("log_lines_dropped", 5)
+    outlet.settle(30)
+    os.close(writing)
+
+
+@pytest.mark.fault("E11")
+def test_a_pipe_whose_reader_is_gone_fails_nobody() -> None:
+    """Nor does a disk that is full; the lines are lost."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for descriptor in (writing, full):
+        outlet = Outlet(descriptor)
+        for _ in range(3):
+            outlet.write("a line\n")
+        assert outlet.settle(30)
+        os.close(descriptor)
+
+
+@pytest.mark.fault("E11")
+def test_a_pipe_that_a_neighbour_has_made_non_blocking_gets_whole_lines() -> None:
+    """Whoever shares it may do so (a shell, a trainer): every line arrives, and none is cut."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    outlet = Outlet(writing)
+    text = "x" * 300_000 + "\n"
+    outlet.write(text)
+    outlet.write("the next\n")
+    with os.fdopen(reading) as reader:
+        assert reader.readline() == text
+        assert reader.readline() == "the next\n"
+    outlet.settle(30)
+    os.close(writing)

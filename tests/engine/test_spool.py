@@ -693,7 +693,13 @@ def test_a_missing_watch_dir_is_made_but_not_its_parent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "mend"), [(errno.EROFS, "run the sidecar as the trainer's user"), (errno.ENOSPC, "make room")]
+    ("code", "mend"),
+    [
+        (errno.EACCES, "run the sidecar as the trainer's user"),
+        (errno.ENOSPC, "make room"),
+        pytest.param(errno.EROFS, "mount it writable", marks=pytest.mark.fault("E5")),
+        pytest.param(errno.EIO, "look at the disk", marks=pytest.mark.fault("E5")),
+    ],
 )
 def test_a_disk_that_takes_nothing_is_said_with_its_mend(
     root: Path, disk: Hurt, code: int, mend: str
