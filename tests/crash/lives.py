@@ -180,14 +180,24 @@ At = Callable[["Life", Step], Awaitable[None] | None]
 class Life:
     """One life. At each of its steps `at` is asked, and may kill it, or hold this step up.
 
-    `steps` are those that it has reached, `told` is what it said of itself.
+    It is asked to stop once `enough`. `steps` are those that it has reached, `told` what it said of itself.
     """
 
-    def __init__(self, settings: Settings, store: Store, trainer: Trainer, *, log: Path, at: At) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        trainer: Trainer,
+        *,
+        log: Path,
+        at: At,
+        enough: Callable[[Life], bool] | None = None,
+    ) -> None:
         self.steps: list[Step] = []
         self.told: list[str] = []
         self.killed = False
         self._store, self._trainer, self._at = store, trainer, at
+        self._enough = enough or (lambda life: "Ready" in life.told and trainer.idle)
         self._log = log
         self._met: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -202,7 +212,7 @@ class Life:
         gate.close()
 
     async def end(self) -> int | None:
-        """Live it to its end; its exit code, None where it was killed."""
+        """Live it to its end; return its exit code, None where it was killed."""
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         loop.add_reader(self._process.sentinel, ended.set)
@@ -263,7 +273,7 @@ class Life:
             text = type(event).__name__
         self.told.append(text)
         self._trainer.told(text)
-        if "Ready" in self.told and self._trainer.idle and not self._asked:
+        if not self._asked and self._enough(self):
             self._asked = True
             self.signal(signal.SIGTERM)
 

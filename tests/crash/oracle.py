@@ -149,6 +149,11 @@ def flaws_at_rest(store: Store, root: Path) -> list[str]:
     return flaws + [f"{each.key} stays about to be deleted" for each in manifest.expiring]
 
 
+def manifests(store: Store) -> list[Manifest]:
+    """All versions of latest.json that ever were."""
+    return [parse(each.body, prefix=PREFIX) for each in store.written if each.key == LATEST and each.ref]
+
+
 def caught(root: Path) -> list[str]:
     """What is held without a verdict."""
     return [path.name for path in _files(root / HOME / "caught")]
