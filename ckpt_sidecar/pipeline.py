@@ -176,7 +176,7 @@ class Pipeline:
         if isinstance(step, Supersede):
             await self._supersede(checkpoint, step.by, durable_as=None)
         elif isinstance(step, Skip):
-            self.moved(advance(checkpoint, Skipped(step.because)))
+            await self._uploader.abandon(checkpoint, Skipped(step.because))
             await self._release(checkpoint, durable_as=None)
         else:
             await self._make_durable(checkpoint)

@@ -45,6 +45,7 @@ from ckpt_sidecar.checkpoint import (
     Checkpoint,
     Id,
     Pinned,
+    Skipped,
     State,
     Stored,
     Superseded,
@@ -177,10 +178,12 @@ class Uploader:
             except BytesChanged:
                 return await self.abandon(job.checkpoint, Changed())
 
-    async def abandon(self, checkpoint: Checkpoint, to: Changed | Superseded) -> Checkpoint:
+    async def abandon(self, checkpoint: Checkpoint, to: Changed | Superseded | Skipped) -> Checkpoint:
         """End the checkpoint; an upload that had begun is aborted first, and the abort answered."""
         if isinstance(checkpoint.state, Uploading):
             await self._abort(checkpoint, checkpoint.state)
+        else:
+            await self._clear_doubt(checkpoint.name)  # nobody else will look for it
         return self._move(checkpoint, to)
 
     async def _abort(self, checkpoint: Checkpoint, state: Uploading) -> None:
@@ -264,7 +267,7 @@ class Uploader:
         if isinstance(job.checkpoint.state, Uploading):
             upload = Upload(job.key, job.checkpoint.state.upload_ids[0] or "")
             return upload, await self._agreeing(job, upload, layout)
-        await self._clear_doubt(job)
+        await self._clear_doubt(job.checkpoint.name)
         self._doubtful.add(job.key)  # until its id is written down
         upload_id = await self._bucket.create_multipart(job.key, metadata=job.metadata)
         begun = advance(job.checkpoint, Uploading((upload_id,)))
@@ -289,19 +292,20 @@ class Uploader:
             job.checkpoint = self._move(job.checkpoint, Pinned())
             await self._journal(job.checkpoint)
 
-    async def _clear_doubt(self, job: _Job) -> None:
-        """Abort whatever is under way at the key and was not written down."""
-        if job.key not in self._doubtful:
+    async def _clear_doubt(self, name: str) -> None:
+        """Abort whatever is under way at the key of `name` and was not written down."""
+        key = self._prefix + name
+        if key not in self._doubtful:
             return
         try:
-            for upload in await self._bucket.list_uploads(job.key):
+            for upload in await self._bucket.list_uploads(key):
                 with suppress(Missing):
                     await self._bucket.abort_multipart(upload)
                 await self._announcer.forget(upload.upload_id)
-                self._tell(UploadAborted(job.checkpoint.name, upload.upload_id))
+                self._tell(UploadAborted(name, upload.upload_id))
         except (Denied, Refused) as error:  # then only the bucket's lifecycle rule can throw it away
-            self._tell(Failed("upload", error.reason, job.checkpoint.name, str(error.args[0]), error.hint))
-        self._doubtful.discard(job.key)
+            self._tell(Failed("upload", error.reason, name, str(error.args[0]), error.hint))
+        self._doubtful.discard(key)
 
     async def _agreeing(self, job: _Job, upload: Upload, layout: Sequence[Span]) -> dict[int, Part]:
         """The parts that the bucket has and that agree with the local bytes, by number."""
