@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import copy
 import random
 import signal
 from collections.abc import Sequence
@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_sidecar.bucket import Abilities
 from ckpt_sidecar.names import HOME
 from tests.crash.lives import Life, Save, Step, Store, Trainer
 from tests.crash.oracle import ending, flaws_at_rest, flaws_in_history, manifests
-from tests.crash.scenes import LARGE, SMALL, STORES, scratch, settings_of
+from tests.crash.scenes import LARGE, SCENES, SMALL, STORES, WEAK, Scene, Stage, scratch, settings_of
 from tests.crash.test_crash_points import SEED
 
 A_FEW = 6  # stalls for each store where there is little time
@@ -24,7 +23,17 @@ WRITES = tuple(
     f"before bucket.{verb} "
     for verb in ("put", "create_multipart", "complete_multipart", "abort_multipart", "delete")
 )
-LATE = "late.ckpt"
+LATE = "late.pt"
+# A store that ignores conditions on delete looks at the key, and then deletes. Whoever is stalled in between
+# deletes what has come to stand there meanwhile: no protocol of ours can call that request back.
+LOST = "within bucket.delete job/last.pt"
+
+
+_SAVES = (Save("Ready", "last.pt", LARGE), Save("last.pt committed", LATE, SMALL))
+DUELS = {
+    "saves": Scene(_SAVES),
+    "adopts and expires": Scene(_SAVES, {"keep_remote": 1}, predecessor=SCENES["adoption"].predecessor),
+}
 
 
 @dataclass(slots=True)
@@ -35,8 +44,8 @@ class Duel:
     late: from that step on no write but that of a part reaches the bucket, and all else goes on.
     """
 
+    stage: Stage
     where: Path
-    abilities: Abilities
     held: Step | None = None
     stopped: bool = True
     store: Store = field(init=False)
@@ -48,16 +57,15 @@ class Duel:
     begun: bool = False
 
     def __post_init__(self) -> None:
-        self.store = Store(abilities=self.abilities)
-        saves = (Save("Ready", "last.ckpt", LARGE), Save("last.ckpt committed", LATE, SMALL))
-        self.first = Trainer(self.where / "first", saves)
-        self.second = Trainer(self.where / "second", (Save("Ready", "last.ckpt", LARGE + 1),), first=10)
+        self.store = copy.deepcopy(self.stage.before)
+        self.first = Trainer(self.where / "first", self.stage.scene.acts, first=10)
+        self.second = Trainer(self.where / "second", (Save("Ready", "last.pt", LARGE + 1),), first=20)
         for trainer in (self.first, self.second):
             trainer.root.mkdir()
 
     async def play(self) -> Life:
         """Play it; return the first one's life."""
-        settings = settings_of(self.first.root)
+        settings = settings_of(self.first.root, **self.stage.scene.settings)
         self.life = Life(
             settings, self.store, self.first, log=self.where / "first.log", at=self._at, enough=_enough
         )
@@ -77,7 +85,7 @@ class Duel:
             await self._over.wait()
 
     async def _live_second(self) -> None:
-        settings = settings_of(self.second.root, attempt="attempt-2")
+        settings = settings_of(self.second.root, attempt="attempt-2", **self.stage.scene.settings)
         log = self.where / "second.log"
         second = Life(settings, self.store, self.second, log=log, at=lambda life, step: None)
         code = await second.end()
@@ -86,7 +94,7 @@ class Duel:
     def flaws(self) -> list[str]:
         """What went wrong."""
         fenced = "Fenced" in self.life.told
-        saved = [*self.first.saved, *self.second.saved]
+        saved = [*self.stage.saved_before, *self.first.saved, *self.second.saved]
         flaws = flaws_in_history(self.store, saved) + flaws_at_rest(self.store, self.second.root)
         if self.code != (4 if fenced else 0):
             flaws.append(f"it ended with {self.code}, fenced: {fenced}")
@@ -94,7 +102,7 @@ class Duel:
         if last.holder and last.holder.attempt == "attempt-2":
             end = ending(self.store, self.second.root, saved)
             (theirs,) = self.second.saved
-            if end.listed[0] != theirs.number or end.objects.get("job/last.ckpt") != theirs.number:
+            if end.listed[0] != theirs.number or end.objects.get("job/last.pt") != theirs.number:
                 flaws.append(f"what the second one saved is not the newest: {end}")
             if not fenced and not self._durable(LATE):
                 flaws.append("it was not fenced, though it had something left to say")
@@ -109,7 +117,7 @@ class Duel:
 
     def _lost_pins(self) -> list[str]:
         """What it had pinned, and nobody has made durable, is still held."""
-        pins = [path.read_bytes() for path in (self.first.root / HOME / "pins").rglob("*.ckpt")]
+        pins = [path.read_bytes() for path in (self.first.root / HOME / "pins").rglob("*.pt")]
         return [
             f"the pin of {each.name} is gone"
             for each in self.first.saved
@@ -127,27 +135,27 @@ def _enough(life: Life) -> bool:
 # --- the tests ---------------------------------------------------------------------------------------
 
 
-async def _all_stalls(abilities: Abilities) -> list[tuple[Step, bool]]:
+async def _all_stalls(stage: Stage) -> list[tuple[Step, bool]]:
     """Every step of a life that nobody disturbs, stopped there; and every write, late from there on."""
     with scratch() as where:
-        alone = await Duel(where, abilities).play()
+        alone = await Duel(stage, where).play()
         assert f"{LATE} committed" in alone.told, alone
         steps = [each for each in alone.steps if not each.where.startswith("before disk.")]  # told twice
+    steps = [each for each in steps if each.where != LOST]
     assert len(steps) >= 90, f"hardly a step to be stalled at: {len(steps)}"
     return [(each, True) for each in steps] + [
         (each, False) for each in steps if each.where.startswith(WRITES)
     ]
 
 
-async def _stall_at(stalls: Sequence[tuple[Step, bool]], abilities: Abilities) -> None:
-    seats = asyncio.Semaphore(os.cpu_count() or 1)
+async def _stall_at(stalls: Sequence[tuple[Step, bool]], stage: Stage) -> None:
     reached = 0
 
     async def one(held: Step, *, stopped: bool) -> list[str]:
         nonlocal reached
-        async with seats:
+        async with stage.seats:
             with scratch() as where:
-                duel = Duel(where, abilities, held, stopped)
+                duel = Duel(stage, where, held, stopped)
                 await duel.play()
                 flaws = duel.flaws()
                 reached += duel.begun
@@ -162,22 +170,25 @@ async def _stall_at(stalls: Sequence[tuple[Step, bool]], abilities: Abilities) -
 
 
 @pytest.mark.fault("D1")
-@pytest.mark.parametrize("store", STORES)
-async def test_stalled_at_some_of_the_steps_it_wakes_fenced_and_destroys_nothing(store: str) -> None:
+@pytest.mark.parametrize("duel", DUELS)
+async def test_stalled_at_some_of_the_steps_it_wakes_fenced_and_destroys_nothing(duel: str) -> None:
     """As the test of all steps, for a few of them: quick enough to run always."""
-    stalls = await _all_stalls(STORES[store])
+    stage = await Stage.of(DUELS[duel], WEAK)
+    stalls = await _all_stalls(stage)
     writes = [each for each in stalls if each[0].where.startswith(WRITES)]
-    await _stall_at(random.Random(SEED).sample(writes, A_FEW), STORES[store])
+    await _stall_at(random.Random(SEED).sample(writes, A_FEW), stage)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.fault("D1")
 @pytest.mark.parametrize("store", STORES)
-async def test_stalled_at_any_step_it_wakes_fenced_and_destroys_nothing(store: str) -> None:
+@pytest.mark.parametrize("duel", DUELS)
+async def test_stalled_at_any_step_it_wakes_fenced_and_destroys_nothing(duel: str, store: str) -> None:
     """What the second one saved stays the newest, the first one's pins stay, and it ends with 4.
 
     Also on a store that ignores conditions on complete and on delete. One that was stalled before it had
     claimed claims after the second one, and goes on from what that one saved.
     """
-    await _stall_at(await _all_stalls(STORES[store]), STORES[store])
+    stage = await Stage.of(DUELS[duel], STORES[store])
+    await _stall_at(await _all_stalls(stage), stage)
