@@ -50,7 +50,7 @@ from ckpt_sidecar.events import Event
 from ckpt_sidecar.log import Log
 from ckpt_sidecar.settings import Settings
 
-PART_BYTES = 64  # so that a checkpoint of many parts is small
+PART_BYTES = 256  # so that a checkpoint of many parts is small
 _HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.getxattr", "os.listxattr")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 

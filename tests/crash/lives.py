@@ -7,13 +7,16 @@ it is the trainer (`Trainer`), who saves while the sidecar lives, and goes on wh
 from __future__ import annotations
 
 import asyncio
+import io
 import multiprocessing
 import os
 import random
 import re
 import signal
+import zipfile
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -21,7 +24,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from ckpt_sidecar.bucket import BucketError, ObjectRef, Unchanged
+from ckpt_sidecar.bucket import BucketError, Condition, ObjectRef, Unchanged
 from ckpt_sidecar.checkpoint import state_name
 from ckpt_sidecar.events import Event, Moved
 from ckpt_sidecar.settings import Settings
@@ -29,6 +32,8 @@ from tests.crash.life import live
 from tests.engine.support import BORN, SECOND, save
 from tests.fakes import BytesSink, MemoryBucket
 
+_BETWEEN: ContextVar[Callable[[], Awaitable[None]]] = ContextVar("between the look and the write")
+_FRAME_BYTES = 30 + 46 + 22 + 2 * len("data")  # of a zip archive with one record
 SECONDS = 60.0  # for one life, which takes a fraction of one
 _NUMBERED = re.compile(r"(probe-|caught/|incoming/|aside/|pins/)[\w-]+")
 
@@ -54,11 +59,19 @@ class Written:
 
 
 class Store(MemoryBucket):
-    """A bucket in memory that remembers all that was ever written, and takes small parts."""
+    """A bucket in memory that remembers all that was ever written, and takes small parts.
+
+    Where it does not honour a condition there is a step between the look at the key and the write.
+    """
 
     def __init__(self, **named: Any) -> None:
         super().__init__(min_part_bytes=1, **named)
         self.written: list[Written] = []
+
+    async def _check(self, key: str, when: Condition, *, honoured: bool) -> None:
+        await super()._check(key, when, honoured=honoured)
+        if not honoured:
+            await _BETWEEN.get()()
 
     def _keep(self, key: str, body: bytes, etag: str, metadata: Mapping[str, str]) -> ObjectRef:
         ref = super()._keep(key, body, etag, metadata)
@@ -149,7 +162,7 @@ class Trainer:
     def save(self, name: str, size: int) -> None:
         """Save a checkpoint whose bytes are like no other's."""
         number = next(self._numbers)
-        saved = Saved(number, name, random.Random(f"{name} {number}").randbytes(size))
+        saved = Saved(number, name, _archive(size, random.Random(f"{name} {number}")))
         save(self.root, name, saved.content, at=number)
         self.saved.append(saved)
 
@@ -158,6 +171,14 @@ class Trainer:
             self.save(act.name, act.size)
         else:
             (self.root / act.name).unlink()
+
+
+def _archive(size: int, chance: random.Random) -> bytes:
+    """So many bytes that are whole by their own format, as those of torch.save are."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("data", chance.randbytes(size - _FRAME_BYTES))
+    return buffer.getvalue()
 
 
 # --- a life ------------------------------------------------------------------------------------------
@@ -180,18 +201,29 @@ At = Callable[["Life", Step], Awaitable[None] | None]
 class Life:
     """One life. At each of its steps `at` is asked, and may kill it, or hold this step up.
 
-    `steps` are those that it has reached, `told` is what it said of itself.
+    It is asked to stop once `enough`. `steps` are those that it has reached, `told` what it said of itself.
     """
 
-    def __init__(self, settings: Settings, store: Store, trainer: Trainer, *, log: Path, at: At) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        trainer: Trainer,
+        *,
+        log: Path,
+        at: At,
+        enough: Callable[[Life], bool] | None = None,
+    ) -> None:
         self.steps: list[Step] = []
         self.told: list[str] = []
         self.killed = False
         self._store, self._trainer, self._at = store, trainer, at
+        self._enough = enough or (lambda life: "Ready" in life.told and trainer.idle)
         self._log = log
         self._met: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked = False
+        self._failed: BaseException | None = None
         context = _nursery()
         self._calls, theirs = context.Pipe()
         gate, self._gate = context.Pipe(duplex=False)
@@ -202,7 +234,7 @@ class Life:
         gate.close()
 
     async def end(self) -> int | None:
-        """Live it to its end; its exit code, None where it was killed."""
+        """Live it to its end; return its exit code, None where it was killed."""
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         loop.add_reader(self._process.sentinel, ended.set)
@@ -221,6 +253,8 @@ class Life:
             for each in (self._calls, self._gate, self._process):
                 each.close()
             await asyncio.gather(*self._tasks)
+        if self._failed is not None:
+            raise self._failed
         return None if self.killed else code
 
     def kill(self) -> None:
@@ -254,7 +288,13 @@ class Life:
         work = self._stepped(what) if kind == "step" else self._called(*what)
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.exception() is not None:
+            self._failed = self._failed or task.exception()
+            self.kill()
 
     def _hear(self, event: Event) -> None:
         if isinstance(event, Moved):
@@ -263,7 +303,7 @@ class Life:
             text = type(event).__name__
         self.told.append(text)
         self._trainer.told(text)
-        if "Ready" in self.told and self._trainer.idle and not self._asked:
+        if not self._asked and self._enough(self):
             self._asked = True
             self.signal(signal.SIGTERM)
 
@@ -288,6 +328,7 @@ class Life:
         await self._reached(f"before {what}")
         if self.killed:
             return
+        _BETWEEN.set(lambda: self._reached(f"within {what}"))
         answer = await self._store.answer(verb, given, named)
         await self._reached(f"after {what}")
         if not self.killed:

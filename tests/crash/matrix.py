@@ -21,7 +21,11 @@ from tests.engine.support import LATEST
 Cuts = tuple[Step, ...]
 # What happens before these was seen at the step before them.
 _READS = ("probe", "get", "head", "list")  # and what begins so: get_range, list_parts, list_uploads
-_AS_BEFORE = ("before disk.", *(f"{side} bucket.{verb}" for side in ("before", "after") for verb in _READS))
+_AS_BEFORE = (
+    "before disk.",
+    "within ",
+    *(f"{side} bucket.{verb}" for side in ("before", "after") for verb in _READS),
+)
 
 
 @dataclass(slots=True)
@@ -84,7 +88,7 @@ class Matrix:
         sent = [each.key for each in world.store.written[before:] if each.key != LATEST]
         flaws = [f"one life more ended with {code}"] if code else world.flaws()
         flaws += [f"one life more wrote or deleted {sent}"] if sent else []
-        flaws += [f"{each} stays caught" for each in caught(world.trainer.root)]
+        flaws += [f"{each} stays caught" for each in caught(world.trainer.root, world.saved)]
         return flaws + ([] if world.ending() == self.expected else ["one life more came to another end"])
 
     def __str__(self) -> str:

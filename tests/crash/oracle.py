@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,15 @@ def flaws_at_rest(store: Store, root: Path) -> list[str]:
     return flaws + [f"{each.key} stays about to be deleted" for each in manifest.expiring]
 
 
-def caught(root: Path) -> list[str]:
-    """What is held without a verdict."""
-    return [path.name for path in _files(root / HOME / "caught")]
+def manifests(store: Store) -> list[Manifest]:
+    """All versions of latest.json that ever were."""
+    return [parse(each.body, prefix=PREFIX) for each in store.written if each.key == LATEST and each.ref]
+
+
+def caught(root: Path, saved: Iterable[Saved]) -> list[str]:
+    """Which whole checkpoints are held without a verdict; what is torn may be, for as long as it takes."""
+    whole = {each.content for each in saved}
+    return [path.name for path in _files(root / HOME / "caught") if path.read_bytes() in whole]
 
 
 def _files(root: Path) -> list[Path]:
@@ -167,7 +174,11 @@ def fingerprint(store: Store, root: Path, *more: object) -> str:
     That is chance and time (tokens, ids of spools, pids, inodes), and of ids and generations all but their
     order.
     """
-    text = json.dumps([_of_bucket(store), _of_disk(root), *more], default=repr, sort_keys=True)
+    disk = None
+    while disk is None:
+        with suppress(FileNotFoundError):  # another thread of the life is at work: look anew
+            disk = _of_disk(root)
+    text = json.dumps([_of_bucket(store), disk, *more], default=repr, sort_keys=True)
     spools = list(dict.fromkeys(re.findall(r'\\?"spool\\?": \\?"(\w+)', text)))
     for n, spool in enumerate(spools):
         text = text.replace(spool, f"spool {n}")

@@ -45,39 +45,39 @@ class Scene:
     torn: str = ""
 
 
-_BEFORE = (Save("Ready", "step_1.ckpt", SMALL), Save("step_1.ckpt committed", "last.ckpt", LARGE))
+_BEFORE = (Save("Ready", "step_1.pt", SMALL), Save("step_1.pt committed", "last.pt", LARGE))
 SCENES = {
     "one put": Scene(
         (
-            Save("Ready", "step_1.ckpt", SMALL),
-            Rotate("step_1.ckpt pinned", "step_1.ckpt"),
-            Save("step_1.ckpt committed", "sub/step_2.ckpt", SMALL),
+            Save("Ready", "step_1.pt", SMALL),
+            Rotate("step_1.pt pinned", "step_1.pt"),
+            Save("step_1.pt committed", "sub/step_2.pt", SMALL),
         )
     ),
-    "parts": Scene((Save("Ready", "big.ckpt", LARGE),)),
+    "parts": Scene((Save("Ready", "big.pt", LARGE),)),
     "replaced": Scene(
         (
-            Save("Ready", "last.ckpt", LARGE),
-            Save("last.ckpt uploading", "last.ckpt", LARGE + 1),
-            Save("last.ckpt committed", "last.ckpt", LARGE + 2),
+            Save("Ready", "last.pt", LARGE),
+            Save("last.pt uploading", "last.pt", LARGE + 1),
+            Save("last.pt committed", "last.pt", LARGE + 2),
         )
     ),
     "retention": Scene(
         (
-            Save("Ready", "a.ckpt", SMALL),
-            Save("a.ckpt committed", "b.ckpt", LARGE),
-            Save("b.ckpt committed", "a.ckpt", SMALL + 1),
+            Save("Ready", "a.pt", SMALL),
+            Save("a.pt committed", "b.pt", LARGE),
+            Save("b.pt committed", "a.pt", SMALL + 1),
         ),
         {"keep_remote": 1, "keep_local": 1},
     ),
     "claim": Scene(
-        (Save("Ready", "last.ckpt", LARGE),),
-        predecessor=Predecessor(_BEFORE, Step("after bucket.put_part job/last.ckpt part 3")),
+        (Save("Ready", "last.pt", LARGE),),
+        predecessor=Predecessor(_BEFORE, Step("after bucket.put_part job/last.pt part 3")),
     ),
     "adoption": Scene(
-        (Save("Ready", "step_3.ckpt", SMALL),),
-        predecessor=Predecessor(_BEFORE, Step("after bucket.complete_multipart job/last.ckpt")),
-        torn="last.ckpt",
+        (Save("Ready", "step_3.pt", SMALL),),
+        predecessor=Predecessor(_BEFORE, Step("after bucket.complete_multipart job/last.pt")),
+        torn="last.pt",
     ),
 }
 

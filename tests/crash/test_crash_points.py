@@ -75,7 +75,7 @@ async def test_every_call_of_the_disk_and_of_the_bucket_is_a_step_of_some_scene(
     ):
         matrix, cuts = await _undisturbed(scene, store)
         if scene == "parts":
-            wanted = ("after bucket.create_multipart", "after bucket.put_part job/big.ckpt part 2")
+            wanted = ("after bucket.create_multipart", "after bucket.put_part job/big.pt part 2")
             await matrix.kill_at_all([each for each in cuts if str(each[0]).startswith(wanted)])
         met |= matrix.met
     calls = {

@@ -518,6 +518,20 @@ async def test_a_restart_between_commit_and_release_commits_nothing_twice(line: 
         after.spool.close()
 
 
+@pytest.mark.parametrize("end", [Skipped, Superseded])
+async def test_what_is_not_sent_after_all_leaves_no_upload_behind(line: Make, end: type) -> None:
+    """Killed between create and journal, and then not sent: nobody else knows of the upload."""
+    async with line() as it:
+        await it.save("old.pt", at=1)
+        await it.save("new.pt" if end is Skipped else "old.pt", b"newer", at=2)
+        await it.memory.create_multipart(PREFIX + "old.pt", metadata={})
+        after = await restarted(it, keep=Keep(remote=1), workers=1)
+        await after.drain()
+        assert after.fates(end) == ["old.pt"]
+        assert it.memory.uploads == {}
+        after.spool.close()
+
+
 @pytest.mark.fault("D5")
 async def test_a_wiped_spool_does_not_send_what_is_durable(line: Make) -> None:
     """The files are there, the bucket knows them: none is sent again, all are known as durable."""
