@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -520,10 +521,11 @@ async def test_a_restart_between_commit_and_release_commits_nothing_twice(line: 
 
 @pytest.mark.parametrize("end", [Skipped, Superseded])
 async def test_what_is_not_sent_after_all_leaves_no_upload_behind(line: Make, end: type) -> None:
-    """Killed between create and journal, and then not sent: nobody else knows of the upload."""
+    """Killed between create and the journal of its id, and then not sent: nobody else knows of it."""
     async with line() as it:
         await it.save("old.pt", at=1)
         await it.save("new.pt" if end is Skipped else "old.pt", b"newer", at=2)
+        it.spool.write(replace(next(iter(it.book)), state=Uploading((None,))))
         await it.memory.create_multipart(PREFIX + "old.pt", metadata={})
         after = await restarted(it, keep=Keep(remote=1), workers=1)
         await after.drain()
