@@ -525,7 +525,7 @@ async def test_what_is_not_sent_after_all_leaves_no_upload_behind(line: Make, en
     async with line() as it:
         await it.save("old.pt", at=1)
         await it.save("new.pt" if end is Skipped else "old.pt", b"newer", at=2)
-        it.spool.write(replace(next(iter(it.book)), state=Uploading((None,))))
+        it.spool.write(replace(next(iter(it.pipeline.book)), state=Uploading((None,))))
         await it.memory.create_multipart(PREFIX + "old.pt", metadata={})
         after = await restarted(it, keep=Keep(remote=1), workers=1)
         await after.drain()
