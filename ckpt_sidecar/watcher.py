@@ -26,6 +26,7 @@ from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLo
 from ckpt_sidecar.formats import Look, Rules, look_at
 from ckpt_sidecar.hints import Tree, explain, inode_of, walk
 
+_PAUSE = 0.1  # seconds, the least between two listings that there is a reason for
 _CHUNK = 500  # files that are listed, or looked at, between two looks at what else has happened
 
 Tell = Callable[[Event], None]
@@ -184,7 +185,7 @@ class Watcher:
         if self._inbox.asked in ("start", "stop"):
             return self._clock()
         if self._inbox.asked:  # not without a pause, should there be a reason again and again
-            return min(self._next_listing, self._last_listing + self._rules.settle)
+            return min(self._next_listing, self._last_listing + max(_PAUSE, self._rules.settle))
         return self._next_listing
 
     async def _rest(self, stop: asyncio.Event | None, until: float) -> None:
@@ -275,7 +276,8 @@ class Watcher:
         try:
             more = await asyncio.to_thread(self._list, listing)
         except OSError as error:
-            self._listing, self._last_listing = None, self._clock()
+            now = self._clock()
+            self._listing, self._last_listing, self._next_listing = None, now, now + self._rescan_every
             self._inbox.asked = "rewatch"
             self._tell_lost(f"the watch directory cannot be listed: {error.strerror}")
             return

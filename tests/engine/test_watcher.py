@@ -16,9 +16,11 @@ from typing import Any, BinaryIO, TypeVar
 import pytest
 import torch
 
+from ckpt_sidecar import watcher
 from ckpt_sidecar.checkpoint import Caught, File
 from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
 from ckpt_sidecar.formats import Rules
+from ckpt_sidecar.hints import inode_of
 from ckpt_sidecar.watcher import Found, Watcher
 
 QUICK = Rules(settle=0.1, patience=0.4)
@@ -637,6 +639,29 @@ async def test_a_watch_directory_that_is_made_anew_is_watched_anew(tmp_path: Pat
             assert this.all(Rescanned)[-1].reason == "rewatch"
             place(root / f"{n}.pt", archive())
             assert await this.until(f"{n}.pt") == [f"{n}.pt"]
+
+
+@pytest.mark.fault("B3")
+async def test_a_watch_directory_that_is_gone_is_looked_for_without_haste(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the next listing is overdue: a dead mount must not cost a core."""
+    looked: list[Path] = []
+
+    def look(path: Path) -> tuple[int, int] | None:
+        looked.append(path)
+        return inode_of(path)
+
+    monkeypatch.setattr(watcher, "inode_of", look)
+    root = tmp_path / "root"
+    root.mkdir()
+    async with rig(root, rules=Rules(settle=0.0), rescan_every=0.1) as this:
+        root.rmdir()
+        await this.until_told(WatchLost)
+        await asyncio.sleep(0.2)
+        del looked[:]
+        await asyncio.wait([this.coming()], timeout=1.0)
+        assert 0 < len(looked) < 100
 
 
 @pytest.mark.fault("B3")
