@@ -143,7 +143,7 @@ class Ledger:
         if durable and not seen.flaw and (newest is None or newest.id < durable):
             seen = replace(seen, flaw=f"it is an older copy, from before {durable} was committed")
         self._etag = seen.etag
-        self._see(seen.manifest if seen.manifest and not seen.flaw else await self._rebuild(seen))
+        self._see(seen.manifest if seen.manifest and not seen.flaw else await self._rebuild(seen, durable))
         return self.manifest
 
     def _see(self, manifest: Manifest) -> None:
@@ -154,13 +154,13 @@ class Ledger:
             saved_at, stored_at = newest.saved_at / 1e9, newest.stored_at / 1e9
             self._tell(RecoveryPoint(newest.id, newest.name, newest.size, saved_at, stored_at))
 
-    async def _rebuild(self, seen: _Seen) -> Manifest:
+    async def _rebuild(self, seen: _Seen, durable: Id | None) -> Manifest:
         entries = await self._entries_from_objects()
         made = seen.manifest or Manifest()
         made = replace(made, generation=max([made.generation, *(each.id.generation for each in entries)]))
         for entry in sorted(entries, key=lambda each: each.id):
             made = committed(made, entry, history=self._history)
-        if entries or seen.etag is not None:
+        if entries or seen.etag or durable:
             self._tell(Rebuilt(len(entries), seen.flaw))
         return made
 
