@@ -377,6 +377,24 @@ def _clients(endpoint_url: str | None, workers: int) -> tuple[Any, Any]:
         s3={"payload_signing_enabled": False},  # no SHA-256 over the body, over plain http neither
         **common,
     )
-    control = AioConfig(max_pool_connections=CONTROL_CONNECTIONS, **common)
+    control = AioConfig(
+        max_pool_connections=CONTROL_CONNECTIONS, http_session_cls=_verifying_session(), **common
+    )
     client = boto3.Session().client("s3", endpoint_url=endpoint_url, config=bodies)
     return client, aioboto3.Session().client("s3", endpoint_url=endpoint_url, config=control)
+
+
+def _verifying_session() -> Any:
+    """As aiobotocore's, which never looks for the host's name in a certificate, and by a proxy at none."""
+    from aiobotocore.httpsession import AIOHTTPSession  # noqa: PLC0415
+
+    class VerifyingSession(AIOHTTPSession):  # type: ignore[misc]
+        def _get_ssl_context(self) -> Any:
+            context = super()._get_ssl_context()
+            context.check_hostname = True
+            return context
+
+        def _setup_proxy_ssl_context(self, proxy_url: str) -> Any:
+            return super()._setup_proxy_ssl_context(proxy_url) or self._get_ssl_context()
+
+    return VerifyingSession

@@ -376,7 +376,7 @@ class Proxy:
     def __init__(self, endpoint: str, *, tls: ssl.SSLContext | None = None) -> None:
         where = urlsplit(endpoint)
         self._store = (where.hostname or "", where.port or 80)
-        self._tls = tls
+        self.tls = tls
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
         self._server: asyncio.Server | None = None
@@ -391,7 +391,7 @@ class Proxy:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http{'s' if self._tls else ''}://127.0.0.1:{self.port}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -445,7 +445,7 @@ class Proxy:
 
     async def _up(self) -> None:
         self._server = await asyncio.start_server(
-            self._connected, "127.0.0.1", self.port, limit=PIECE, ssl=self._tls
+            self._connected, "127.0.0.1", self.port, limit=PIECE, ssl=self.tls
         )
         self.port = self._server.sockets[0].getsockname()[1]
 

@@ -282,6 +282,20 @@ def test_a_certificate_that_is_not_trusted_is_told_with_the_mend() -> None:
     assert "AWS_CA_BUNDLE" in found.hint
 
 
+@pytest.mark.fault("C11")
+@pytest.mark.parametrize("error", [ValueError("Expecting value"), RuntimeError("still expired")])
+def test_whatever_the_chain_of_credentials_raises_is_no_bug_of_ours(error: Exception) -> None:
+    """A credential_process that prints nonsense, or what has expired: said, and asked again later."""
+    found: dict[str, Any] = {"__name__": "botocore.credentials"}
+    exec("def refresh(error): raise error", found)  # noqa: S102 (as if it stood in that module)
+    with pytest.raises(type(error)) as caught:
+        found["refresh"](error)
+    raised = translated(caught.value, Asked("put_object", "bucket", "x.pt"))
+    assert isinstance(raised, Denied)
+    assert raised.reason == "credentials"
+    assert str(error) in str(raised)
+
+
 @pytest.mark.parametrize(
     "error",
     [
