@@ -148,6 +148,7 @@ async def test_on_a_disk_that_has_become_read_only_what_is_there_is_still_made_d
         for call in ("link", "rename", "write_file", "append", "unlink", "remove_tree"):
             disk.refuse[call] = OSError(errno.EROFS, "Read-only file system")
         gate.opened.set()
+        save(life.root, "torn.pt", b"PK\x03\x04")  # its hold cannot be given back
         await life.save("last.pt", b"weights", at=1)
         await life.told.until(lambda: {"large.pt", "last.pt"} <= set(life.fates(Committed)))
         assert (await life.stop()).code == Exit.DURABLE
