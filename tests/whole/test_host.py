@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -517,6 +518,26 @@ def test_it_works_within_the_threads_that_it_says_at_the_start_that_it_needs(
             assert it.said.splitlines()[-1].startswith(
                 "Error: it needs 13 threads, and cannot start them all (raise `ulimit -u`"
             )
+
+
+@pytest.mark.long
+@pytest.mark.fault("E7", "E10")
+@ON_ONE
+def test_clients_that_come_by_the_hundred_and_stay_leave_uploads_their_descriptors(
+    watch: Path, target: Target
+) -> None:
+    """With 64 in all, and 200 silent clients: most are turned away, the others dropped, and nothing ends."""
+    with daemon(watch, target, before=("prlimit", "--nofile=64:64")) as it, ExitStack() as clients:
+        it.wait_ready()
+        host, port = json.loads((watch / ".ckpt-sidecar/spool.json").read_bytes())["address"].split(":")
+        silent = [clients.enter_context(socket.socket()) for _ in range(200)]
+        for each in silent:
+            each.settimeout(0)
+            each.connect_ex((host, int(port)))
+        body = save(watch / "a.pt", b"weights" * 3_000_000)
+        it.wait_durable("a.pt", body)
+        it.wait_ready()  # whoever asks is answered
+        assert it.stop() == 0
 
 
 class MemoryLimit:
