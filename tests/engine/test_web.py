@@ -231,13 +231,13 @@ async def test_one_client_too_many_is_turned_away_until_another_has_left(
     async with served(Sidecar()) as client:
         silent = await asyncio.gather(*(client.connect() for _ in range(12)))
         ends = [asyncio.ensure_future(reader.read()) for reader, _ in silent]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(10):
             while sum(end.done() for end in ends) < 7:
                 await asyncio.wait([end for end in ends if not end.done()], return_when="FIRST_COMPLETED")
         assert sum(end.done() for end in ends) == 7
         for _, writer in silent:
             writer.close()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(10):
             while True:
                 with suppress(aiohttp.ClientError):
                     assert (await client.ask("/healthz")).status == 200

@@ -180,6 +180,26 @@ def test_a_bug_in_a_thread_or_deep_inside_ends_the_process_and_keeps_the_pin(
         assert again.stop() == 0
 
 
+@pytest.mark.long
+@pytest.mark.fault("E12")
+@ON_ONE
+def test_a_bug_that_ends_a_thread_of_a_librarys_is_one_line_and_its_work_goes_on(
+    watch: Path, target: Target
+) -> None:
+    """Inotify's reader: its owner notices, and the rescan serves meanwhile."""
+    with with_a_bug(watch, target, "hints:Tree.on_event") as (it, now):
+        it.wait_ready()
+        now.touch()
+        save(watch / "a.pt", b"weights")
+        it.wait_durable("a.pt")
+        it.wait_said("thread_crashed")
+        it.process.send_signal(signal.SIGTERM)
+        assert it.process.wait(SECONDS) == 0
+        crashed = [line for line in map(json.loads, it.said.splitlines()) if "exception" in line]
+        assert {line["event"] for line in crashed} == {"thread_crashed"}
+        assert all("ZeroDivisionError: a bug in" in line["exception"] for line in crashed)
+
+
 @pytest.mark.fault("E12")
 @ON_ONE
 def test_a_bug_in_a_callback_ends_the_process(watch: Path, target: Target) -> None:
