@@ -186,7 +186,10 @@ class Inbox:
             again = {mail.key for mail in self._mail if isinstance(mail, Hint)}
             for caught in holds:
                 if (caught.name, caught.inode) not in again:
-                    self._catcher.let_go(caught)
+                    try:
+                        self._catcher.let_go(caught)
+                    except OSError as error:  # it stays held, and the next start looks at it again
+                        self._post(unreadable(caught.name, error))
 
     def _catch(self, name: str, evidence: Evidence) -> tuple[Hint | None, bool]:
         """Under the lock, because our own catch is a link, too, and must not look like the trainer's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -28,6 +29,7 @@ from ckpt_sidecar.names import step_of
 
 SCHEMA = 1
 CLIENT_SECONDS = 10  # a client that does not read or ask for so long is dropped
+MOST_CLIENTS = 256  # at a time; fewer where descriptors are few
 
 
 class CannotListen(Exception):
@@ -172,18 +174,46 @@ async def serve(
         app, access_log=None, handle_signals=False, keepalive_timeout=CLIENT_SECONDS, shutdown_timeout=1.0
     )
     await runner.setup()
+    listening = await _listen(_Door(runner.server), host, port)
     try:
-        site = web.TCPSite(runner, host, port)
-        await _listen(site.start(), host, port)
-        on_bound(runner.addresses[0][1])
+        on_bound(listening.sockets[0].getsockname()[1])
         await asyncio.Event().wait()
     finally:
+        listening.close()
         await runner.cleanup()
 
 
-async def _listen(starting: Any, host: str, port: int) -> None:
+class _Door:
+    """Takes clients in, or turns them away when there are too many: uploads need descriptors, too."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+        self.most = max(1, min(MOST_CLIENTS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+        self._coming = 0
+
+    def __call__(self) -> asyncio.Protocol:
+        """Give the protocol for one more."""
+        if len(self._server.connections) + self._coming >= self.most:
+            return _TurnedAway()
+        self._coming += 1
+        asyncio.get_running_loop().call_later(0, self._has_come)  # by then it is one of the connections
+        protocol: asyncio.Protocol = self._server()
+        return protocol
+
+    def _has_come(self) -> None:
+        self._coming -= 1
+
+
+class _TurnedAway(asyncio.Protocol):
+    """One client too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+async def _listen(door: _Door, host: str, port: int) -> asyncio.Server:
     try:
-        await starting
+        return await asyncio.get_running_loop().create_server(door, host, port, backlog=door.most)
     except OSError as error:
         raise CannotListen(
             f"cannot listen on {host}:{port}: {error.strerror} (choose another --listen)"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from ckpt_sidecar.child import FORWARDED, STOPS, CannotRun, Child
+from ckpt_sidecar import child as child_module
+from ckpt_sidecar.child import FORWARDED, STOPS, CannotRun, Child, reap_orphans
 
 LONG = 60.0  # seconds of grace that no test waits for
 
@@ -81,10 +83,12 @@ def python(script: str) -> Child:
         ("raise SystemExit(3)", 3),
         ("raise SystemExit(255)", 255),
         ("import os; os.kill(os.getpid(), 9)", 128 + 9),
+        ("import os; os.kill(os.getpid(), 11)", 128 + 11),
         ("import os; os.kill(os.getpid(), 15)", 128 + 15),
         ("import os; os.abort()", 128 + 6),
     ],
 )
+@pytest.mark.fault("E13")
 async def test_its_exit_code_is_as_a_shell_gives_it(script: str, code: int) -> None:
     """128 and the signal's number, where a signal ended it."""
     assert await python(script).run() == code
@@ -147,6 +151,7 @@ signal.pause()
 
 @pytest.mark.parametrize("first", sorted(STOPS))
 @pytest.mark.parametrize("second", sorted(STOPS))
+@pytest.mark.fault("E13")
 async def test_a_second_stop_kills(pipe: Path, first: signal.Signals, second: signal.Signals) -> None:
     """Whoever asks twice does not want to wait for the grace to end."""
     trainer = Trainer(pipe, SAYS_SIGNALS)
@@ -157,6 +162,7 @@ async def test_a_second_stop_kills(pipe: Path, first: signal.Signals, second: si
     assert await trainer.end() == 128 + 9
 
 
+@pytest.mark.fault("E13")
 async def test_a_trainer_that_does_not_stop_is_killed_when_its_grace_is_over(pipe: Path) -> None:
     """And not before."""
     trainer = Trainer(pipe, SAYS_SIGNALS, grace=0.3)
@@ -244,3 +250,28 @@ while True:
         trainer.child.send(signal.SIGUSR1)
         await asyncio.sleep(0)
     assert await trainer.end() == 7
+
+
+# --- what others leave behind -----------------------------------------------------------------------------
+
+
+async def gone(pid: int) -> None:
+    """Wait until the process has been buried."""
+    async with asyncio.timeout(10):
+        while Path(f"/proc/{pid}").exists():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.fault("E2", "E13")
+async def test_who_is_dead_and_waited_for_by_nobody_is_buried_and_nobody_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As PID 1 one gets the orphans; our own child's exit code is ours."""
+    monkeypatch.setattr(child_module, "ORPHAN_SECONDS", 0.1)
+    burying = asyncio.ensure_future(reap_orphans())
+    orphan = subprocess.Popen(["true"])
+    trainer = asyncio.ensure_future(python("import time; time.sleep(0.5); raise SystemExit(7)").run())
+    await gone(orphan.pid)
+    assert await trainer == 7
+    burying.cancel()
+    assert orphan.wait() == 0  # nobody is there to tell its code any more

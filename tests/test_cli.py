@@ -701,6 +701,7 @@ def test_a_trainer_is_not_started_before_its_checkpoint_is_there(tmp_path: Path,
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a PID namespace")
+@pytest.mark.fault("E2")
 def test_pid_1_hears_a_stop_from_its_first_moments(tmp_path: Path, closed: int) -> None:
     """In a container of its own the kernel drops a signal that nobody has asked for."""
     unshared = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]

@@ -397,7 +397,7 @@ def test_a_pipe_that_nobody_reads_makes_nobody_wait(monkeypatch: pytest.MonkeyPa
         told = [next(lines) for _ in range(11)]
     assert [line.get("n") for line in told] == [*range(10), None]
     assert (told[-1]["event"], told[-1]["lines"]) == ("log_lines_dropped", 5)
-    outlet.settle(30)
+    assert outlet.settle(10)
     os.close(writing)
 
 
@@ -411,7 +411,7 @@ def test_a_pipe_whose_reader_is_gone_fails_nobody() -> None:
         outlet = Outlet(descriptor)
         for _ in range(3):
             outlet.write("a line\n")
-        assert outlet.settle(30)
+        assert outlet.settle(10)
         os.close(descriptor)
 
 
@@ -427,5 +427,5 @@ def test_a_pipe_that_a_neighbour_has_made_non_blocking_gets_whole_lines() -> Non
     with os.fdopen(reading) as reader:
         assert reader.readline() == text
         assert reader.readline() == "the next\n"
-    outlet.settle(30)
+    assert outlet.settle(10)
     os.close(writing)

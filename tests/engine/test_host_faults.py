@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from watchdog.observers.inotify_c import InotifyFD
 
+from ckpt_sidecar import sidecar as sidecar_module
 from ckpt_sidecar.bodies import started
 from ckpt_sidecar.checkpoint import Checkpoint, Committed, File
 from ckpt_sidecar.disk import PinnedFile
-from ckpt_sidecar.events import Failed, Fenced, Rescanned, WatchLost
-from ckpt_sidecar.sidecar import Exit, Sidecar
+from ckpt_sidecar.events import Drained, Failed, Fenced, Rescanned, WatchLost
+from ckpt_sidecar.sidecar import End, Exit, Sidecar
 from ckpt_sidecar.spool import Spool
 from tests.engine.support import SECOND, Hurt, descriptors, listed, manifest_in, opened_spool, pin, save
 from tests.engine.test_drain import LARGE, Life, living
@@ -148,6 +149,7 @@ async def test_on_a_disk_that_has_become_read_only_what_is_there_is_still_made_d
         for call in ("link", "rename", "write_file", "append", "unlink", "remove_tree"):
             disk.refuse[call] = OSError(errno.EROFS, "Read-only file system")
         gate.opened.set()
+        save(life.root, "torn.pt", b"PK\x03\x04")  # its hold cannot be given back
         await life.save("last.pt", b"weights", at=1)
         await life.told.until(lambda: {"large.pt", "last.pt"} <= set(life.fates(Committed)))
         assert (await life.stop()).code == Exit.DURABLE
@@ -156,6 +158,37 @@ async def test_on_a_disk_that_has_become_read_only_what_is_there_is_still_made_d
         assert (await life.stop()).code == Exit.DURABLE
         assert life.pins == []
     assert listed(memory) == ["1-2 last.pt", "1-1 large.pt"]
+
+
+# --- a thread that hears nothing ---------------------------------------------------------------------------
+
+
+@pytest.mark.fault("E3")
+async def test_who_does_not_hear_that_the_drain_is_over_is_left_behind(
+    tmp_path: Path, memory: MemoryBucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread in a dead socket or disk: the process is ended with 3 and the list all the same."""
+    monkeypatch.setattr(sidecar_module, "OVERTIME", 0.05)
+    left: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+    hears = asyncio.Event()
+
+    async def deaf() -> None:
+        while not hears.is_set():
+            with suppress(asyncio.CancelledError):
+                await hears.wait()
+
+    async with living(tmp_path / "a", memory, drain_timeout=0.05) as life:
+        world = replace(life.sidecar._world, leave=left.set_result)
+        life.sidecar = Sidecar(life.sidecar._settings, world, spool=life.spool, book=life.book)
+        await life.ready()
+        life.steps.on("put", "x.pt", before=deaf)
+        await life.save("x.pt")
+        life.sidecar.stop.set()
+        async with asyncio.timeout(10):
+            end = await left
+        assert end == End(Exit.NOT_DURABLE, "not durable at the drain deadline: x.pt")
+        assert life.told.of(Drained) == [Drained(("x.pt",))]
+        hears.set()
 
 
 # --- the power fails ------------------------------------------------------------------------------------

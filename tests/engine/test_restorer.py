@@ -486,6 +486,7 @@ async def test_a_file_in_the_way_of_a_directory_is_left_alone(rig: Rig) -> None:
 # --- the disk ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("E4")
 async def test_a_disk_too_small_is_said_before_the_first_byte(rig: Rig) -> None:
     """Both numbers are in the message; no older, smaller checkpoint is taken for the newest."""
     await rig.commit(1, content=b"sm")
@@ -498,6 +499,7 @@ async def test_a_disk_too_small_is_said_before_the_first_byte(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("call", ["create", "write_at", "link"])
+@pytest.mark.fault("E4")
 async def test_a_disk_that_fills_up_is_no_flaw_of_the_checkpoint(rig: Rig, call: str) -> None:
     """When the room goes in the middle, an older, smaller checkpoint is not taken for the newest."""
     await rig.commit(1)

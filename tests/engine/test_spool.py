@@ -159,6 +159,7 @@ def test_a_hold_by_descriptor_is_let_go(spool: Spool, root: Path, disk: Hurt) ->
     assert descriptors() == before
 
 
+@pytest.mark.fault("E6")
 def test_what_a_killed_catch_left_does_not_stand_in_the_way(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path
 ) -> None:
@@ -235,7 +236,7 @@ def test_a_full_disk_keeps_nothing_pinned(spool: Spool, root: Path, disk: Hurt) 
     assert spool.known.is_known(checkpoint.files[0])
 
 
-@pytest.mark.fault("E4")
+@pytest.mark.fault("E4", "E5")
 def test_what_cannot_be_pinned_stays_caught(spool: Spool, root: Path, disk: Hurt) -> None:
     """A pin that fails is said with its reason, and the file is held as before; others are pinned."""
     file = save(root, "x.pt", b"weights")
@@ -396,6 +397,7 @@ def test_no_id_is_given_twice_although_the_counter_could_not_be_noted(
 @pytest.mark.parametrize(
     "mangled", [b"", b"[]", b"null", b"{", b'{"spool": 7}', b'{"spool": "a", "counter": "9"}', b"\xff", b"7"]
 )
+@pytest.mark.fault("E6")
 def test_ids_grow_over_a_mangled_record(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path, mangled: bytes
 ) -> None:
@@ -459,6 +461,7 @@ def test_a_restart_finds_pins_with_their_journal_and_catches(
     assert again.known.is_known(begun.files[0])
 
 
+@pytest.mark.fault("E6")
 def test_a_pin_without_entry_is_taken_up(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path
 ) -> None:
@@ -484,6 +487,7 @@ def test_a_pin_without_entry_is_taken_up(
         b'{"state": "uploading", "upload_ids": [], "id": "3-1", "name": "x.pt", "saved_at": 1}',
     ],
 )
+@pytest.mark.fault("E6")
 def test_a_mangled_entry_costs_no_checkpoint(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path, entry: bytes
 ) -> None:
@@ -515,6 +519,7 @@ def test_an_entry_of_another_checkpoint_is_not_believed(
     ]
 
 
+@pytest.mark.fault("E6")
 def test_an_entry_without_pin_is_said_once(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path
 ) -> None:
@@ -529,6 +534,7 @@ def test_an_entry_without_pin_is_said_once(
     assert again.recover().broken == []
 
 
+@pytest.mark.fault("E6")
 def test_a_release_that_was_cut_is_finished_in_silence(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path
 ) -> None:
@@ -555,6 +561,7 @@ def test_a_pin_that_holds_two_files_is_left_as_it_is(
     assert held(again) == ["3-1.json", "x.pt", "y.pt"]
 
 
+@pytest.mark.fault("E6")
 def test_half_written_files_are_cleared_away(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path
 ) -> None:
@@ -719,6 +726,7 @@ def lines(spool: Spool) -> list[str]:
     return (spool.home / "known.jsonl").read_text().splitlines()
 
 
+@pytest.mark.fault("E6")
 def test_a_torn_last_line_costs_only_itself(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path
 ) -> None:
@@ -738,6 +746,7 @@ def test_a_torn_last_line_costs_only_itself(
     ]
 
 
+@pytest.mark.fault("E6")
 def test_nonsense_in_the_table_is_passed_over(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path
 ) -> None:

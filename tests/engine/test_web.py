@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +153,7 @@ async def test_no_call_changes_anything(path: str, method: str) -> None:
 # --- trouble --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("E10")
 async def test_a_port_that_is_taken_is_said_with_the_address_and_the_mend() -> None:
     """Before anything else is done in vain."""
     with socket.create_server((HOST, 0)) as taken:
@@ -163,6 +164,7 @@ async def test_a_port_that_is_taken_is_said_with_the_address_and_the_mend() -> N
         assert not bound.done()
 
 
+@pytest.mark.fault("E10")
 async def test_a_hundred_scrapes_at_once_are_all_answered() -> None:
     """Whoever scrapes too often gets answers, not an outage."""
     async with served(Sidecar()) as client:
@@ -170,6 +172,7 @@ async def test_a_hundred_scrapes_at_once_are_all_answered() -> None:
         assert {answer.status for answer in answers} == {200}
 
 
+@pytest.mark.fault("E10")
 async def test_a_client_that_says_nothing_holds_nobody_up_and_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -186,6 +189,7 @@ async def test_a_client_that_says_nothing_holds_nobody_up_and_is_dropped(
             writer.close()
 
 
+@pytest.mark.fault("E10")
 async def test_a_client_that_never_reads_holds_nobody_up_not_even_the_end() -> None:
     """It asks for more than the socket's buffers hold; the server ends within seconds all the same."""
     async with served(Sidecar()) as client:
@@ -197,3 +201,45 @@ async def test_a_client_that_never_reads_holds_nobody_up_not_even_the_end() -> N
         began = time.monotonic()
     assert time.monotonic() - began < 30  # aiohttp's own patience is 60
     writer.transport.abort()
+
+
+@pytest.mark.fault("E10")
+async def test_a_client_that_asks_by_the_letter_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request must be whole in so many seconds, however busily it drips; others are answered meanwhile."""
+    monkeypatch.setattr(web, "CLIENT_SECONDS", 0.3)
+    async with served(Sidecar()) as client:
+        reader, writer = await client.connect()
+        writer.write(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
+        async with asyncio.timeout(20):
+            with suppress(ConnectionError):
+                while not reader.at_eof():
+                    writer.write(b"x")
+                    await writer.drain()
+                    assert (await client.ask("/healthz")).status == 200
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(0.02):
+                            assert await reader.read() == b""
+        writer.close()
+
+
+@pytest.mark.fault("E10")
+async def test_one_client_too_many_is_turned_away_until_another_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many come in the same moment; uploads need descriptors, too."""
+    monkeypatch.setattr(web, "MOST_CLIENTS", 5)
+    async with served(Sidecar()) as client:
+        silent = await asyncio.gather(*(client.connect() for _ in range(12)))
+        ends = [asyncio.ensure_future(reader.read()) for reader, _ in silent]
+        async with asyncio.timeout(10):
+            while sum(end.done() for end in ends) < 7:
+                await asyncio.wait([end for end in ends if not end.done()], return_when="FIRST_COMPLETED")
+        assert sum(end.done() for end in ends) == 7
+        for _, writer in silent:
+            writer.close()
+        async with asyncio.timeout(10):
+            while True:
+                with suppress(aiohttp.ClientError):
+                    assert (await client.ask("/healthz")).status == 200
+                    break
+        await asyncio.gather(*ends)

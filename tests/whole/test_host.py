@@ -5,11 +5,16 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -175,6 +180,26 @@ def test_a_bug_in_a_thread_or_deep_inside_ends_the_process_and_keeps_the_pin(
         assert again.stop() == 0
 
 
+@pytest.mark.long
+@pytest.mark.fault("E12")
+@ON_ONE
+def test_a_bug_that_ends_a_thread_of_a_librarys_is_one_line_and_its_work_goes_on(
+    watch: Path, target: Target
+) -> None:
+    """Inotify's reader: its owner notices, and the rescan serves meanwhile."""
+    with with_a_bug(watch, target, "hints:Tree.on_event") as (it, now):
+        it.wait_ready()
+        now.touch()
+        save(watch / "a.pt", b"weights")
+        it.wait_durable("a.pt")
+        it.wait_said("thread_crashed")
+        it.process.send_signal(signal.SIGTERM)
+        assert it.process.wait(SECONDS) == 0
+        crashed = [line for line in map(json.loads, it.said.splitlines()) if "exception" in line]
+        assert {line["event"] for line in crashed} == {"thread_crashed"}
+        assert all("ZeroDivisionError: a bug in" in line["exception"] for line in crashed)
+
+
 @pytest.mark.fault("E12")
 @ON_ONE
 def test_a_bug_in_a_callback_ends_the_process(watch: Path, target: Target) -> None:
@@ -224,6 +249,100 @@ def test_a_disk_that_does_not_take_the_address_ends_nothing(watch: Path, target:
         it.wait_said("ready")
         save(watch / "a.pt", b"weights")
         it.wait_durable("a.pt")
+        assert it.stop() == 0
+
+
+# --- a disk that fails --------------------------------------------------------------------------------------
+
+
+def failing(fault: str, path: Path, log: Path) -> Sequence[str]:
+    """Return what runs a command whose calls on that file fail; skip where it cannot be traced."""
+    call = fault.partition(":")[0]
+    if shutil.which("strace") is None:
+        pytest.skip("strace is needed")
+    words = ("strace", "--follow-forks", "--quiet=all", f"--output={log}")
+    before = (*words, f"--trace-path={path}", f"--trace={call}", f"--inject={fault}")
+    tried = subprocess.run([*before, "true"], capture_output=True, timeout=SECONDS, check=False)
+    if tried.returncode:
+        pytest.skip(f"nothing can be traced here: {tried.stderr.decode()}")
+    return before
+
+
+@pytest.mark.long
+@pytest.mark.fault("E5")
+@ON_ONE
+def test_an_fsync_that_the_kernel_fails_is_said_once_and_the_checkpoint_sent(
+    watch: Path, target: Target
+) -> None:
+    """EIO from fsync of the pins: no second one is asked to take it back, and what is pinned is sent."""
+    pins, traced = watch / ".ckpt-sidecar/pins", watch.parent / "traced"
+    with daemon(watch, target, before=failing("fsync:error=EIO", pins, traced)) as it:
+        until(lambda: it.events("ready"))
+        before = traced.read_text().count("fsync(")
+        save(watch / "a.pt", b"weights")
+        until(lambda: target.holds("a.pt", b"weights"))
+        (failed,) = it.events("failed")
+        assert (failed["stage"], failed["reason"], failed["what"]) == ("pin", "disk", "a.pt")
+        assert "Input/output error" in failed["error"]
+        assert traced.read_text().count("fsync(") == before + 1
+        os.kill(target_of(watch), signal.SIGTERM)
+        assert it.ended() == 0
+
+
+@pytest.mark.long
+@pytest.mark.fault("E5")
+@ON_ONE
+def test_a_sector_that_cannot_be_read_costs_its_checkpoint_and_no_other(watch: Path, target: Target) -> None:
+    """EIO from read: said with the file's name, and its pin kept; once it can be read it is durable."""
+    bad, traced = watch / ".ckpt-sidecar/pins/1-1/bad.pt", watch.parent / "traced"
+    with daemon(watch, target, before=failing("preadv,preadv2:error=EIO", bad, traced)) as it:
+        until(lambda: it.events("ready"))
+        body = save(watch / "bad.pt", b"weights" * 2_000_000)
+        failed = it.wait_said("failed", what="bad.pt")
+        assert (failed["stage"], failed["reason"]) == ("pin", "disk")
+        assert "Input/output error" in failed["error"]
+        save(watch / "good.pt", b"others")
+        it.wait_durable("good.pt")
+        assert target.listed() == ["good.pt"]
+        os.kill(target_of(watch), signal.SIGTERM)
+        it.wait_said("draining")
+        os.kill(target_of(watch), signal.SIGTERM)
+        assert it.ended() == 3
+        assert it.events("drained")[-1]["left"] == ["bad.pt"]
+    with daemon(watch, target) as again:
+        again.wait_durable("bad.pt", body)
+        assert again.stop() == 0
+
+
+@pytest.mark.long
+@pytest.mark.fault("E4")
+@ON_ONE
+def test_a_disk_too_small_for_the_restore_is_said_before_it_is_filled_and_waited_for(
+    watch: Path, target: Target
+) -> None:
+    """With both numbers; what is free stays free; once there is room it is restored, and it is ready."""
+    body = bytes(range(256)) * (24 * MIB // 256)
+    with daemon(watch.parent / "first", target, "--attempt", "a") as first:
+        first.wait_ready()
+        save(first.watch / "big.pt", body)
+        first.wait_durable("big.pt")
+        assert first.stop() == 0
+    watch.mkdir()
+    mount = f"mount -t tmpfs -o size=16m tmpfs {watch}"
+    with daemon(
+        watch,
+        target,
+        "--attempt",
+        "b",
+        before=("unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"),
+    ) as it:
+        it.watch = Path(f"/proc/{it.process.pid}/root{watch}")
+        it.wait_not_ready(f"the checkpoint has {len(body)} bytes", " room for ")
+        assert shutil.disk_usage(it.watch).used < MIB
+        inside = ["nsenter", f"--target={it.process.pid}", "--mount"]
+        subprocess.run([*inside, "mount", "-o", "remount,size=64m", watch], check=True, timeout=SECONDS)
+        it.wait_ready()
+        assert (it.watch / "big.pt").read_bytes() == body
         assert it.stop() == 0
 
 
@@ -419,3 +538,167 @@ def test_it_works_within_the_threads_that_it_says_at_the_start_that_it_needs(
             assert it.said.splitlines()[-1].startswith(
                 "Error: it needs 13 threads, and cannot start them all (raise `ulimit -u`"
             )
+
+
+@pytest.mark.long
+@pytest.mark.fault("E7", "E10")
+@ON_ONE
+def test_clients_that_come_by_the_hundred_and_stay_leave_uploads_their_descriptors(
+    watch: Path, target: Target
+) -> None:
+    """With 64 in all, and 200 silent clients: most are turned away, the others dropped, and nothing ends."""
+    with daemon(watch, target, before=("prlimit", "--nofile=64:64")) as it, ExitStack() as clients:
+        it.wait_ready()
+        host, port = json.loads((watch / ".ckpt-sidecar/spool.json").read_bytes())["address"].split(":")
+        silent = [clients.enter_context(socket.socket()) for _ in range(200)]
+        for each in silent:
+            each.settimeout(0)
+            each.connect_ex((host, int(port)))
+        body = save(watch / "a.pt", b"weights" * 3_000_000)
+        it.wait_durable("a.pt", body)
+        it.wait_ready()  # whoever asks is answered
+        assert it.stop() == 0
+
+
+class MemoryLimit:
+    """A control group of ours, below the one that we are in, with so much memory."""
+
+    def __init__(self, limit: int) -> None:
+        self._home = self._make()
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            if (self._home / name).exists():
+                (self._home / name).write_text(str(limit))
+                return
+        self.close()
+        pytest.skip("no control group for memory to be had here")
+
+    @staticmethod
+    def _make() -> Path:
+        """Where version 1 or 2 has it; skip where we may not make one."""
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, ours = line.split(":")
+            root = "/sys/fs/cgroup" if not kinds else "/sys/fs/cgroup/memory"
+            if kinds in ("", "memory") and Path(root + ours, "cgroup.procs").exists():
+                with suppress(OSError):
+                    home = Path(root + ours, f"of-a-test-{uuid.uuid4()}")
+                    home.mkdir()
+                    if any(home.glob("memory.*")):
+                        return home
+                    home.rmdir()
+        pytest.skip("no control group for memory to be made here")
+
+    def words(self) -> Sequence[str]:
+        """Return what runs a command in it."""
+        return ("sh", "-c", f'echo $$ >{self._home}/cgroup.procs && exec "$@"', "sh")
+
+    def refused(self) -> int:
+        """How often somebody in it was killed for want of memory."""
+        name = "memory.events" if (self._home / "memory.events").exists() else "memory.oom_control"
+        told = dict(line.split() for line in (self._home / name).read_text().splitlines())
+        return int(told["oom_kill"])
+
+    def close(self) -> None:
+        """Give it back; its processes are gone, or about to be."""
+
+        def gone() -> bool:
+            with suppress(OSError):
+                self._home.rmdir()
+            return not self._home.exists()
+
+        until(gone)
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[MemoryLimit]:
+    """160 MiB for all together: heap, stacks, the kernel's buffers for sockets, the page cache."""
+    limit = MemoryLimit(160 * MIB)
+    yield limit
+    limit.close()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+@pytest.mark.fault("E7")
+@ON_ONE
+def test_it_works_within_160_mib(tmp_path: Path, target: Target, memory_limit: MemoryLimit) -> None:
+    """Of a control group, which counts the page cache: up and down again, checkpoints larger than that."""
+    size = 170 * MIB
+    with daemon(tmp_path / "a", target, "--attempt", "a", before=memory_limit.words()) as it:
+        it.wait_ready()
+        with (tmp_path / "a" / "big.tmp").open("wb") as file:
+            for n in range(size // MIB):
+                file.write(n.to_bytes(8, "little") * (MIB // 8))
+        (tmp_path / "a" / "big.tmp").rename(tmp_path / "a" / "big.pt")
+        until(lambda: target.listed() == ["big.pt"], seconds=200)
+        assert it.stop() == 0
+    with daemon(tmp_path / "b", target, "--attempt", "b", before=memory_limit.words()) as it:
+        until(it.ready, seconds=200)
+        assert it.stop() == 0
+    assert memory_limit.refused() == 0
+    same = subprocess.run(["cmp", tmp_path / "a/big.pt", tmp_path / "b/big.pt"], check=False, timeout=SECONDS)
+    assert same.returncode == 0
+
+
+# --- it stands still, and the clock jumps -------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.fault("E8")
+@ON_ONE
+def test_who_was_stopped_for_10_seconds_goes_on_unfenced(watch: Path, target: Target) -> None:
+    """SIGSTOP in the middle of an upload, SIGCONT: it is finished, nothing failed, nobody is fenced."""
+    body = bytes(range(256)) * (60 * MIB // 256)
+    with daemon(watch, target, "--workers", "1") as it:
+        it.wait_ready()
+        save(watch / "big.pt", body)
+        it.until(lambda: it.status()["queue"] and it.status()["queue"][0]["sent"])
+        it.process.send_signal(signal.SIGSTOP)
+        assert not target.listed()
+        time.sleep(10)  # not to wait for something: this is the fault
+        it.process.send_signal(signal.SIGCONT)
+        it.wait_durable("big.pt", body)
+        assert it.events("fenced") == it.events("failed") == []
+        assert it.status()["generation"] == 1
+        assert it.ready()
+        assert it.stop() == 0
+
+
+FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed")
+@pytest.mark.fault("E9")
+@pytest.mark.parametrize("jump", ["-1d", "+1d"])
+@ON_ONE
+def test_a_wall_clock_that_jumps_a_day_under_the_process_changes_no_order(
+    watch: Path, target: Target, jump: str
+) -> None:
+    """Trainer and sidecar share it: the newest is what was saved last, and a restore takes that."""
+    clock = watch.parent / "clock"
+    clock.write_text("+0")
+    env = {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    shift = 86_400 * (1 if jump == "-1d" else -1)
+    with daemon(watch, target, "--attempt", "a", env=env) as it:
+        it.wait_ready()
+        save(watch / "before.pt", b"before")
+        it.wait_durable("before.pt")
+        clock.write_text(jump)
+        for n in range(3):
+            save(watch / f"after-{n}.pt", b"after", age=shift)
+            it.wait_durable(f"after-{n}.pt")
+        first, *_, last = (datetime.fromisoformat(each["at"]) for each in it.events("checkpoint_committed"))
+        assert abs(last - first) > timedelta(hours=23)  # it has jumped
+        assert it.metrics()["ckpt_sidecar_upload_lag_seconds"] == 0
+        assert it.events("failed") == it.events("fenced") == []
+        assert it.stop() == 0
+    assert target.listed() == ["after-2.pt", "after-1.pt", "after-0.pt", "before.pt"]
+    with daemon(watch.parent / "b", target, "--attempt", "b") as it:
+        it.wait_ready()
+        assert (watch.parent / "b" / "after-2.pt").read_bytes() == b"after"
+        assert it.stop() == 0

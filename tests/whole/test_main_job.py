@@ -148,6 +148,7 @@ def test_a_trainer_run_as_a_child_finds_its_checkpoint_and_leaves_all_durable(
         assert "step_000120.pt" in sidecar.said
 
 
+@pytest.mark.fault("E2")
 def test_a_stop_reaches_the_trainer_first_and_what_it_still_saves_is_durable(
     tmp_path: Path, target: Target
 ) -> None:
@@ -300,6 +301,7 @@ def test_of_two_sidecars_on_one_prefix_the_older_one_holds_and_destroys_nothing(
         assert old.stop() == 4
 
 
+@pytest.mark.fault("E2")
 def test_a_second_signal_ends_the_drain_and_the_next_life_finishes_it(tmp_path: Path, target: Target) -> None:
     """Exit code 3, and the log says what is not durable."""
     watch = tmp_path / "ckpt"
@@ -427,6 +429,7 @@ def test_wait_is_done_when_what_was_just_saved_is_durable(tmp_path: Path, target
         assert sidecar.stop() == 0
 
 
+@pytest.mark.fault("E2")
 def test_ctrl_c_on_a_terminal_reaches_the_trainer_once(tmp_path: Path, target: Target) -> None:
     """The terminal sends it to both; it is not passed on a second time."""
     script = """
@@ -469,6 +472,7 @@ def test_disk_and_bucket_stay_bounded(tmp_path: Path, target: Target) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.fault("E7")
 def test_a_large_checkpoint_goes_up_and_comes_back_in_little_memory(tmp_path: Path, target: Target) -> None:
     """3 GiB where the store is quick (Ceph), less where it is a toy: byte for byte, under 160 MiB of RSS."""
     size = 3 * GIB if target.endpoint == SERVERS.get("ceph") else GIB // 8
