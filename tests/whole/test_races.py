@@ -198,15 +198,16 @@ def test_a_name_that_is_replaced_faster_than_we_upload_starves_nobody(watch: Pat
 def test_a_name_that_is_rewritten_in_place_in_a_loop_is_never_torn(watch: Path, target: Target) -> None:
     """Uploads are abandoned, again and again; what stands in the bucket is always one whole save."""
     rewrite = """
+data = checkpoint(n)  # a step of training: meanwhile the last save is whole, and on its way
+time.sleep(0.03)
 with open(f"{sys.argv[1]}/last.pt", "wb") as file:
-    data = checkpoint(n)
     for start in range(0, len(data), 1 << 20):
         file.write(data[start:start + (1 << 20)])
         file.flush()
         time.sleep(0.01)
 """
     seen: list[int] = []
-    with daemon(watch, target) as it:
+    with daemon(watch, target, "--workers", "1") as it:
         it.wait_ready()
         save(watch / "last.pt", checkpoint(0))
         it.wait_durable("last.pt")
