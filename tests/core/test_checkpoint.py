@@ -153,6 +153,24 @@ def test_the_book_counts_what_is_on_its_way() -> None:
     assert (repr(book), book.lag(10.0)) == ("<0 checkpoints: none on its way; 0 B>", 0.0)
 
 
+@given(st.lists(st.tuples(st.integers(1, 6), st.sampled_from([Pinned, Uploading, Stored, Committed]))))
+def test_the_book_knows_its_order_whatever_comes_and_goes(moves: list[tuple[int, type[State]]]) -> None:
+    """By id, by name and in turn it tells the same as a look through all that wait."""
+    book, waiting = Book(), {}
+    for n, kind in moves:
+        each = Checkpoint(Id(1, n), f"{n % 2}.pt", (), 0, EXAMPLES[kind])
+        book.put(each)
+        waiting[n] = each
+        if kind is Committed:
+            del waiting[n]
+    newest_first = [waiting[n] for n in sorted(waiting, reverse=True)]
+    stored = [each for each in newest_first if isinstance(each.state, Stored)]
+    assert list(book) == newest_first[::-1]
+    assert list(book.in_turn()) == stored + newest_first
+    for name in ("0.pt", "1.pt"):
+        assert book.named(name) == [each for each in newest_first[::-1] if each.name == name]
+
+
 def test_events_have_stable_names() -> None:
     """The log's event name is the class in snake case; a move is named by where it went."""
     assert event_name(WatchLost("x")) == "watch_lost"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -16,12 +17,12 @@ from typing import TypeVar
 import pytest
 
 from ckpt_sidecar.bucket import MIB, Bucket, Condition, ObjectRef, Source
-from ckpt_sidecar.checkpoint import Id
+from ckpt_sidecar.checkpoint import Committed, Id
 from ckpt_sidecar.document import dump
 from ckpt_sidecar.manifest import HISTORY, Entry, Holder, Manifest, committed, self_description
 from ckpt_sidecar.sidecar import Exit
 from tests.conftest import ON_ONE, admin
-from tests.engine.support import BORN, LATEST, PREFIX, Steps
+from tests.engine.support import BORN, LATEST, PREFIX, Steps, manifest_in, save
 from tests.engine.test_drain import living
 from tests.fakes import MemoryBucket
 from tests.whole.running import Daemon, Target, daemon, until
@@ -29,8 +30,9 @@ from tests.whole.running import save as save_file
 from tests.whole.test_main_job import peak_rss
 
 T = TypeVar("T")
-RSS_LIMIT = 200 * MIB  # of a daemon through whose book ten thousand checkpoints go
+RSS_LIMIT = 160 * MIB  # of a daemon, whatever waits
 STORM = 10_000
+REAL_STORM = 1_000  # what moto takes in reasonable time
 
 
 @pytest.fixture
@@ -61,22 +63,43 @@ def asked(sidecar: Daemon) -> dict[str, float]:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.fault("H1")
+async def test_ten_thousand_checkpoints_in_a_burst_all_arrive(tmp_path: Path) -> None:
+    """And what is saved while thousands wait is durable before them."""
+    memory = MemoryBucket()
+    async with asyncio.timeout(800), living(tmp_path / "a", memory, workers=4, drain_timeout=800.0) as life:
+        await life.ready()
+        for n in range(STORM):
+            save(life.root, f"{n}.pt", b"%d" % n)
+        save(life.root, "late.pt", b"late")
+        while manifest_in(memory).entry_of("late.pt") is None:
+            await asyncio.sleep(0.1)
+        assert len(life.book) > STORM / 10
+        life.sidecar.stop.set()
+        assert life.running is not None
+        assert (await life.running).code == Exit.DURABLE
+        assert life.pins == []
+        assert len(life.fates(Committed)) == STORM + 1
+    assert memory.objects.keys() == {LATEST, "job/late.pt", *(f"job/{n}.pt" for n in range(STORM))}
+    assert all(memory.body(f"job/{n}.pt") == b"%d" % n for n in range(STORM))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.fault("H1")
 @ON_ONE
-def test_ten_thousand_checkpoints_in_a_burst_all_arrive_and_the_newest_do_not_wait(
-    tmp_path: Path, target: Target
-) -> None:
-    """What is saved while thousands wait overtakes them; memory, descriptors and the spool stay bounded."""
+def test_in_a_burst_the_newest_do_not_wait_and_memory_is_bounded(tmp_path: Path, target: Target) -> None:
+    """What is saved while hundreds wait overtakes them; memory stays bounded, and the spool ends empty."""
     watch = tmp_path / "ckpt"
     late = [f"late_{n}.pt" for n in range(5)]
     peak = 0
-    with daemon(watch, target, "--drain-timeout", "600") as sidecar:
+    with daemon(watch, target, "--drain-timeout", "600", "--rescan-every", "30") as sidecar:
         sidecar.wait_ready()
-        for n in range(STORM):
+        for n in range(REAL_STORM):
             save_file(watch / f"step_{n:05}.pt", b"%d" % n)
         for name in late:
             save_file(watch / name, name.encode())
             until(lambda name=name: name in target.listed(), name, seconds=300)  # type: ignore[misc]
-            assert sidecar.metrics()['ckpt_sidecar_queue_checkpoints{state="pinned"}'] > STORM / 10
+            assert sidecar.metrics()['ckpt_sidecar_queue_checkpoints{state="pinned"}'] > REAL_STORM / 10
             assert sidecar.ask("/healthz")[0] == 200
         sidecar.process.send_signal(signal.SIGTERM)
         while sidecar.process.poll() is None:
@@ -85,10 +108,10 @@ def test_ten_thousand_checkpoints_in_a_burst_all_arrive_and_the_newest_do_not_wa
             with suppress(subprocess.TimeoutExpired):
                 sidecar.process.wait(0.5)
         assert sidecar.ended() == 0
-        assert len(set(committed_by(sidecar))) == STORM + len(late)
+        assert len(set(committed_by(sidecar))) == REAL_STORM + len(late)
     assert MIB < peak < RSS_LIMIT
-    assert target.names() == {*late, *(f"step_{n:05}.pt" for n in range(STORM))}
-    for n in range(0, STORM, 501):
+    assert target.names() == {*late, *(f"step_{n:05}.pt" for n in range(REAL_STORM))}
+    for n in range(0, REAL_STORM, 501):
         assert target.read(f"step_{n:05}.pt") == b"%d" % n
     assert [*(watch / ".ckpt-sidecar/pins").iterdir()] == []
 
