@@ -477,6 +477,7 @@ PERMISSIONS = {
 
 
 @ON_ONE
+@pytest.mark.long
 @pytest.mark.fault("C12")
 @pytest.mark.parametrize("operation", PERMISSIONS)
 async def test_who_may_not_clear_up_still_makes_all_durable(
