@@ -24,12 +24,14 @@ from ckpt_sidecar.bucket import (
     MIB,
     Abilities,
     ObjectRef,
+    Span,
+    Upload,
     crc64,
     encode_crc64,
 )
 from ckpt_sidecar.checkpoint import Book, Id, Uploading, advance
 from ckpt_sidecar.document import dump, parse
-from ckpt_sidecar.events import Ready, Restored
+from ckpt_sidecar.events import Failed, Ready, Restored
 from ckpt_sidecar.manifest import Announced, Entry, Manifest, committed, self_description
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.s3 import S3Bucket
@@ -37,12 +39,13 @@ from ckpt_sidecar.settings import Settings
 from ckpt_sidecar.sidecar import Sidecar, World
 from tests.conftest import ON_ONE, admin, create_bucket
 from tests.engine.support import BORN, Told, holder, opened_spool, pin, save, times
-from tests.proxy import Answer, Broken, Damaged, Fault, Proxy, Whole
+from tests.fakes import BytesSink, BytesSource
+from tests.proxy import EVERY, FOR_LONG, Answer, Broken, Damaged, Fault, Proxy, Slow, Whole
 
 PART = 5 * MIB  # S3 takes no smaller ones
 LARGE = random.Random(5).randbytes(3 * PART)
 TWO_PARTS = PART + 1000
-ANSWER_SECONDS = 2.0  # a store that says nothing for so long is given up
+ANSWER_SECONDS = 3.0  # a store that says nothing for so long is given up
 HASTE = 1000.0  # how much shorter a sleep is here
 
 
@@ -462,3 +465,68 @@ async def test_every_request_hurt_in_another_way_changes_nothing(
                 faults = [HURTS[name].fault for name in ways]
                 wrong = await hurt(there, tmp_path, requests, *faults)
                 assert not wrong, list(zip(requests, ways, strict=True))
+
+
+# --- operations that are never allowed ------------------------------------------------------------------
+
+PERMISSIONS = {
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "DeleteObject": "s3:DeleteObject",
+}
+
+
+@ON_ONE
+@pytest.mark.long
+@pytest.mark.fault("C12")
+@pytest.mark.parametrize("operation", PERMISSIONS)
+async def test_who_may_not_clear_up_still_makes_all_durable(
+    tmp_path: Path, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """The permission that is missing is named; what is left is what it would have cleared up, no more."""
+    async with way(s3_endpoint, monkeypatch) as there:
+        await record(there, tmp_path)
+        job = Sends(there, tmp_path)
+        denied = [
+            there.proxy.on(operation, Answer(403, "AccessDenied"), key=f"{job.prefix}{name}", times=FOR_LONG)
+            for name in ("doubt.pt", "old.pt")  # to abort lost.pt is a duty: nothing begins without
+        ]
+        end = await job.run()
+    wanted = undisturbed()[0][Sends]
+    assert any(rule.hits for rule in denied)
+    assert any(f"allow {PERMISSIONS[operation]}" in each.hint + each.error for each in job.told.of(Failed))
+    assert {name: end[name] for name in ("listed", "files", "pins", "code", "announced")} == {
+        name: wanted[name] for name in ("listed", "files", "pins", "code", "announced")
+    }
+    assert wanted["objects"].items() <= end["objects"].items()
+
+
+# --- a slow way ------------------------------------------------------------------------------------------
+
+
+@ON_ONE
+@pytest.mark.long
+@pytest.mark.fault("C4")
+async def test_a_part_that_is_slow_but_alive_is_never_given_up(
+    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timeouts are for silence: a part may take longer than any of them, up and down."""
+    monkeypatch.setattr(s3, "CONNECT_TIMEOUT", 8.0)
+    monkeypatch.setattr(s3, "READ_TIMEOUT", 8.0)
+    size = 36 * MIB
+    body = LARGE * -(-size // len(LARGE))
+    name = create_bucket(s3_endpoint)
+    admin(s3_endpoint).put_object(Bucket=name, Key="down", Body=body[:size])
+    with Proxy(s3_endpoint) as proxy:
+        proxy.on(EVERY, Slow(bytes_per_second=3 * MIB), times=FOR_LONG)
+        async with S3Bucket.open(name, endpoint_url=proxy.url, workers=2, tell=lambda _: None) as bucket:
+            ref = await bucket.head("down")
+            assert ref is not None
+            upload = Upload("up", await bucket.create_multipart("up", metadata={}))
+            part, crc = await asyncio.gather(
+                bucket.put_part(upload, Span(1, 0, size), BytesSource(body)),
+                bucket.get_range(ref, Span(1, 0, size), BytesSink(size)),
+            )
+        seen = [each.operation for each in proxy.seen]
+    assert part.crc64nvme == encode_crc64(crc)
+    assert sorted(seen) == ["CreateMultipartUpload", "GetObject", "HeadObject", "UploadPart"]

@@ -395,6 +395,7 @@ async def test_who_never_became_ready_does_not_say_that_all_is_well(
 # --- the bucket at the start -------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F7")
 async def test_a_bucket_that_comes_late_is_waited_for(tmp_path: Path, memory: MemoryBucket) -> None:
     """Not ready, with the reason, and never a fresh run; ready once it answers."""
     async with living(tmp_path / "z", memory) as life:
@@ -413,6 +414,7 @@ async def test_a_bucket_that_comes_late_is_waited_for(tmp_path: Path, memory: Me
         await life.stop()
 
 
+@pytest.mark.fault("C19")
 async def test_a_store_that_cannot_fence_is_refused_unless_a_person_says_so(
     tmp_path: Path, memory: MemoryBucket
 ) -> None:
@@ -431,6 +433,7 @@ async def test_a_store_that_cannot_fence_is_refused_unless_a_person_says_so(
         assert memory.body("job/x.pt") == b"weights"
 
 
+@pytest.mark.fault("F1")
 async def test_what_cannot_be_restored_keeps_the_trainer_away_and_nothing_else(
     tmp_path: Path, memory: MemoryBucket
 ) -> None:

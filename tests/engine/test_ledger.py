@@ -161,6 +161,7 @@ async def test_a_manifest_of_a_newer_sidecar_is_left_alone(bucket: MemoryBucket)
     assert bucket.body(LATEST) == b'{"schema": 2}'
 
 
+@pytest.mark.fault("F7")
 async def test_a_bucket_that_cannot_be_reached_is_not_empty(bucket: MemoryBucket, steps: Steps) -> None:
     """No answer is no manifest: nothing is claimed, nothing written."""
     steps.fail("get", Unreachable("no route"), times=9)
@@ -169,6 +170,7 @@ async def test_a_bucket_that_cannot_be_reached_is_not_empty(bucket: MemoryBucket
     assert bucket.objects == {}
 
 
+@pytest.mark.fault("C14")
 async def test_a_bucket_that_is_not_there_is_not_empty(steps: Steps) -> None:
     """A bucket that was deleted is no fresh run."""
     steps.fail("get", Missing("no such bucket", reason="bucket"))
@@ -268,6 +270,7 @@ async def test_a_commit_is_in_the_bucket_when_it_returns(bucket: MemoryBucket) -
     assert listed(bucket) == ["1-3 3.pt", "1-2 2.pt", "1-1 1.pt"]
 
 
+@pytest.mark.fault("C5")
 async def test_a_commit_whose_answer_is_lost_is_found_to_have_won(
     bucket: MemoryBucket, steps: Steps, told: Told
 ) -> None:
@@ -305,6 +308,7 @@ async def test_a_commit_that_cannot_be_looked_at_may_be_asked_for_again(
     assert ledger.manifest == manifest_in(bucket)
 
 
+@pytest.mark.fault("C5")
 async def test_a_write_that_arrives_late_costs_nothing(bucket: MemoryBucket, steps: Steps) -> None:
     """A swap that lands only after the look has not found it is met at the next try, and nobody is fenced."""
     ledger = await claimed(steps)
@@ -329,6 +333,7 @@ async def test_a_write_that_arrives_late_costs_nothing(bucket: MemoryBucket, ste
     assert listed(bucket) == ["1-1 1.pt"]
 
 
+@pytest.mark.fault("C8")
 async def test_a_foreign_writer_is_not_overwritten(bucket: MemoryBucket, steps: Steps) -> None:
     """Somebody added a field in between: the commit joins it."""
     ledger = await claimed(steps)
@@ -681,6 +686,7 @@ async def test_retention_leaves_a_newer_object_alone(*, able: bool) -> None:
     assert manifest_in(bucket).expiring == ()
 
 
+@pytest.mark.fault("C8")
 async def test_retention_of_a_key_that_the_store_is_busy_with_goes_on(
     bucket: MemoryBucket, steps: Steps
 ) -> None:
@@ -696,7 +702,7 @@ async def test_retention_of_a_key_that_the_store_is_busy_with_goes_on(
     assert manifest_in(bucket).expiring == ()
 
 
-@pytest.mark.fault("D10")
+@pytest.mark.fault("C5", "D10")
 @pytest.mark.parametrize("lost", [True, False])
 async def test_retention_that_was_cut_goes_on(bucket: MemoryBucket, steps: Steps, *, lost: bool) -> None:
     """Between the swap and the delete, or the delete and its answer, comes an end: the next one goes on."""
@@ -742,6 +748,7 @@ async def test_a_fenced_sidecar_deletes_nothing(bucket: MemoryBucket) -> None:
     assert len(bucket.objects) == 5
 
 
+@pytest.mark.fault("C12")
 async def test_an_object_that_may_not_be_deleted_does_not_keep_the_others(
     bucket: MemoryBucket, steps: Steps
 ) -> None:

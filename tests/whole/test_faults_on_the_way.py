@@ -119,7 +119,7 @@ RESOLVER = """
 import os, socket, sys
 real = socket.getaddrinfo
 def getaddrinfo(host, *args, **more):
-    if host == "store.test":
+    if host == "localhost":
         if not os.path.exists(sys.argv[1]):
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         host = "127.0.0.1"
@@ -130,6 +130,7 @@ main(sys.argv[5:])
 """
 
 
+@pytest.mark.long
 @pytest.mark.fault("C15", "F7")
 def test_a_name_that_cannot_be_resolved_is_waited_for(tmp_path: Path, road: Road) -> None:
     """Not ready and no fresh run until it can; later it is no reason to lose anything either."""
@@ -140,11 +141,11 @@ def test_a_name_that_cannot_be_resolved_is_waited_for(tmp_path: Path, road: Road
         assert it.stop() == 0
     known = tmp_path / "known"
     (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = path\n")
-    named = Target(f"http://store.test:{road.proxy.port}", road.direct.bucket)
+    named = Target(f"http://localhost:{road.proxy.port}", road.direct.bucket)
     before = (sys.executable, "-c", RESOLVER, str(known))
     env = {"AWS_CONFIG_FILE": str(tmp_path / "config")}
     with daemon(tmp_path / "a", named, env=env, before=before) as it:
-        it.wait_not_ready("store.test")
+        it.wait_not_ready("localhost")
         assert "check the endpoint, DNS and the way to it" in it.wait_said("retrying")["error"]
         assert it.events("restored") == []
         known.touch()
@@ -205,6 +206,7 @@ def test_credentials_that_expire_in_mid_upload_are_waited_for(tmp_path: Path, ro
         assert it.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.fault("C11")
 def test_credentials_that_are_never_renewed_leave_the_pins(tmp_path: Path, road: Road) -> None:
     """Exit code 3, and the next life makes it durable."""
@@ -223,6 +225,7 @@ def test_credentials_that_are_never_renewed_leave_the_pins(tmp_path: Path, road:
         assert it.stop() == 0
 
 
+@pytest.mark.long
 @pytest.mark.fault("C13")
 def test_a_wrong_clock_is_said_with_both_times(tmp_path: Path, road: Road) -> None:
     """And nothing is lost until it is set."""
@@ -282,8 +285,8 @@ def test_a_bucket_that_is_deleted_and_made_again_is_no_fresh_run(tmp_path: Path,
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        pytest.param("flipped", "do not agree with their checksum", id="flipped"),
-        pytest.param("missing", "is gone", marks=pytest.mark.long),
+        pytest.param("flipped", "do not agree with their checksum", marks=pytest.mark.long),
+        ("missing", "is gone"),
         pytest.param("cut short", "was replaced by one that is not ours", marks=pytest.mark.long),
         pytest.param("a stranger's", "was replaced by one that is not ours", marks=pytest.mark.long),
         pytest.param("archived", "restore it to a storage class that can be read", marks=pytest.mark.long),
@@ -326,7 +329,7 @@ def spoil(road: Road, name: str, body: bytes, how: str) -> None:
             metadata = client.head_object(**at)["Metadata"]
             client.put_object(**at, Body=body[:-1], Metadata=metadata)
         case "a stranger's":
-            client.put_object(**at, Body=body)
+            client.put_object(**at, Body=body[::-1])
         case "archived":
             road.proxy.on("GetObject", Answer(403, "InvalidObjectState"), key=name, times=FOR_LONG)
 
@@ -346,6 +349,7 @@ def certificate(root: Path, name: str) -> tuple[ssl.SSLContext, Path]:
     return serving, found
 
 
+@pytest.mark.long
 @pytest.mark.fault("C20", "C2")
 def test_the_usual_variables_lead_through_a_proxy_to_a_store_of_our_own_authority(
     tmp_path: Path, s3_endpoint: str
@@ -373,6 +377,7 @@ def test_the_usual_variables_lead_through_a_proxy_to_a_store_of_our_own_authorit
         assert "UploadPart" in {each.operation for each in store.seen}
 
 
+@pytest.mark.long
 @pytest.mark.fault("C20")
 def test_a_plain_proxy_is_gone_through(tmp_path: Path, road: Road) -> None:
     """HTTP_PROXY, for a store without TLS."""
@@ -405,6 +410,7 @@ def test_a_bad_certificate_is_never_accepted(
 # --- slow and long ways ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.fault("C4")
 def test_parallel_parts_fill_a_long_link(tmp_path: Path, road: Road) -> None:
     """As many are under way at one time as there are workers, up and down."""
