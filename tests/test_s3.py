@@ -89,6 +89,14 @@ async def test_the_probe_sees_what_a_server_honours(s3_endpoint: str) -> None:
         assert bucket.abilities == ABILITIES[kind_of(s3_endpoint)]
 
 
+async def test_a_probe_throws_away_what_a_killed_one_has_left(s3_endpoint: str) -> None:
+    """Killed between create and complete: the next one at that key aborts the upload."""
+    async with opened(create_bucket(s3_endpoint), s3_endpoint) as bucket:
+        await bucket.create_multipart("some/probe", metadata={})
+        await bucket.probe("some/probe")
+        assert await bucket.list_uploads("some/probe") == []
+
+
 @pytest.mark.parametrize("versioned", [False, True])
 async def test_the_probe_leaves_nothing_behind(s3_endpoint: str, *, versioned: bool) -> None:
     """No object, no version, no mark of a delete, no upload; also where something was left by another."""

@@ -33,6 +33,7 @@ from aiohttp import web  # noqa: F401  (half a second to import, once for all li
 from ckpt_sidecar import bucket as bucket_module
 from ckpt_sidecar import daemon, landing, sidecar, spool
 from ckpt_sidecar.bucket import (
+    MIN_PART_BYTES,
     Abilities,
     BucketError,
     Condition,
@@ -82,6 +83,13 @@ class Line:
         with self._saying:
             self.calls.send((kind, what))
 
+    def hear(self) -> Any:
+        """Return what the parent has to say; where it is gone this life has no purpose any more."""
+        try:
+            return self.calls.recv()
+        except (EOFError, ConnectionResetError):
+            os._exit(1)
+
     def step(self, where: str) -> None:
         """Stop until the parent says that life goes on; from any thread."""
         with self._stepping:
@@ -106,7 +114,7 @@ class Remote:
 
     def take_answer(self) -> None:
         """Pass an answer on to whoever waits for it."""
-        number, answer = self._line.calls.recv()
+        number, answer = self._line.hear()
         waiting = self._waiting.pop(number, None)
         if waiting is None or waiting.done():
             return
@@ -241,7 +249,10 @@ def _paths(given: Iterable[Any]) -> str:
 
 
 def live(settings: Settings, log: str, calls: Connection, steps: Connection) -> None:
-    """Run the daemon until it ends by itself; its exit code is this process's."""
+    """Run the daemon until it ends by itself; its exit code is this process's.
+
+    With an endpoint in its settings it is on a real store, and nothing of the bucket is replaced.
+    """
     faulthandler.enable()
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(out, 1)
@@ -262,17 +273,17 @@ def live(settings: Settings, log: str, calls: Connection, steps: Connection) -> 
             super().tell(event)
             line.say("event", event)
 
+    no_rest = SimpleNamespace(random=lambda: 0.0)
     replacements: dict[ModuleType, dict[str, Any]] = {
-        bucket_module: {"MIB": 1, "MIN_PART_BYTES": 1},
-        sidecar: {"PART_BYTES": PART_BYTES},
         spool: {"Disk": (disk := stepping_disk(line))},
         landing: {"Disk": disk},
-        daemon: {
-            "S3Bucket": SimpleNamespace(open=opened),
-            "Log": TellingLog,
-            "random": SimpleNamespace(random=lambda: 0.0),  # no rest lasts
-        },
+        sidecar: {"PART_BYTES": MIN_PART_BYTES},
+        daemon: {"Log": TellingLog, "random": no_rest},
     }
+    if not settings.endpoint_url:
+        replacements[bucket_module] = {"MIB": 1, "MIN_PART_BYTES": 1}
+        replacements[sidecar] = {"PART_BYTES": PART_BYTES}
+        replacements[daemon]["S3Bucket"] = SimpleNamespace(open=opened)
     for module, names in replacements.items():  # in this process, which has no other use
         for name, value in names.items():
             assert hasattr(module, name), f"{module.__name__} has no {name} any more"

@@ -177,7 +177,7 @@ def _archive(size: int, chance: random.Random) -> bytes:
     """So many bytes that are whole by their own format, as those of torch.save are."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("data", chance.randbytes(size - _FRAME_BYTES))
+        archive.writestr(zipfile.ZipInfo("data"), chance.randbytes(size - _FRAME_BYTES))
     return buffer.getvalue()
 
 
@@ -243,11 +243,12 @@ class Life:
             async with asyncio.timeout(SECONDS):
                 await ended.wait()
         except TimeoutError:
-            self.kill()
             raise AssertionError(f"it does not end; {self}") from None
         finally:
             loop.remove_reader(self._process.sentinel)
             loop.remove_reader(self._calls.fileno())
+            if not ended.is_set():
+                self.kill()
             self._process.join()
             code = self._process.exitcode
             for each in (self._calls, self._gate, self._process):

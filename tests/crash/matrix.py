@@ -48,13 +48,15 @@ class Matrix:
         return await self.play(())
 
     async def kill_at_all(self, places: Iterable[Cuts]) -> list[Cuts]:
-        """Kill at each of these; return where one kill more leaves a new state."""
+        """Kill at each of these, until one goes wrong; return where one kill more leaves a new state."""
         found = await asyncio.gather(*(self.play(cuts) for cuts in places))
         return [cuts for each in found for cuts in each]
 
     async def play(self, cuts: Cuts) -> list[Cuts]:
         """Cut life after life, let the last one live, and judge; return where it would leave new states."""
         async with self.stage.world() as world:
+            if self.failures:
+                return []
             for cut in cuts:
                 self.kills += 1
                 if await world.live(killing(cut)) is not None:
@@ -72,11 +74,14 @@ class Matrix:
 
     async def _judge(self, world: World, cuts: Cuts, code: int | None) -> None:
         flaws = [f"it ended with {code}"] if code else world.flaws()
-        if not flaws and world.ending() != self.expected:
-            flaws = [f"it came to {world.ending()}, undisturbed to {self.expected}"]
-        if not flaws and (end := world.state()) not in self.ends:
+        end = world.ending()
+        if not flaws and (end.listed != world.scene.listed or set(end.objects.values()) != set(end.listed)):
+            flaws = [f"{world.scene.listed} should be listed, and nothing else be there: {end}"]
+        if not flaws and end != self.expected:
+            flaws = [f"it came to {end}, undisturbed to {self.expected}"]
+        if not flaws and (state := world.state()) not in self.ends:
             flaws = await self._live_once_more(world)
-            self.ends.add(end)
+            self.ends.add(state)
         if flaws:
             where = ", then ".join(map(str, cuts)) or "nowhere"
             self.failures.append(f"killed {where}: {'; '.join(flaws)}\n{world.lives[-1]}")

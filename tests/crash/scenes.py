@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ WEAK = Abilities(conditional_put=True, conditional_complete=False, conditional_d
 STORES = {"able": ABLE, "weak": WEAK}
 SMALL, LARGE = PART_BYTES - 10, 3 * PART_BYTES + 20  # one put; four parts: a first, two in the middle, a last
 Act = Save | Rotate
+SEED = int(os.environ.get("CRASH_SEED", random.randrange(10**6)))  # of what is only sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,13 @@ class Predecessor:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What the trainer does, after what, and with which settings; `torn` stands in the watch dir before."""
+    """What the trainer does, after what, and with which settings; `torn` stands in the watch dir before.
+
+    `listed` is what the bucket has in the end, by the trainer's numbers, the newest first.
+    """
 
     acts: tuple[Act, ...]
+    listed: tuple[int, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     predecessor: Predecessor | None = None
     torn: str = ""
@@ -52,15 +58,17 @@ SCENES = {
             Save("Ready", "step_1.pt", SMALL),
             Rotate("step_1.pt pinned", "step_1.pt"),
             Save("step_1.pt committed", "sub/step_2.pt", SMALL),
-        )
+        ),
+        listed=(2, 1),
     ),
-    "parts": Scene((Save("Ready", "big.pt", LARGE),)),
+    "parts": Scene((Save("Ready", "big.pt", LARGE),), listed=(1,)),
     "replaced": Scene(
         (
             Save("Ready", "last.pt", LARGE),
             Save("last.pt uploading", "last.pt", LARGE + 1),
             Save("last.pt committed", "last.pt", LARGE + 2),
-        )
+        ),
+        listed=(3,),
     ),
     "retention": Scene(
         (
@@ -68,14 +76,17 @@ SCENES = {
             Save("a.pt committed", "b.pt", LARGE),
             Save("b.pt committed", "a.pt", SMALL + 1),
         ),
-        {"keep_remote": 1, "keep_local": 1},
+        listed=(3,),
+        settings={"keep_remote": 1, "keep_local": 1},
     ),
     "claim": Scene(
         (Save("Ready", "last.pt", LARGE),),
+        listed=(3, 1),
         predecessor=Predecessor(_BEFORE, Step("after bucket.put_part job/last.pt part 3")),
     ),
     "adoption": Scene(
         (Save("Ready", "step_3.pt", SMALL),),
+        listed=(3, 2, 1),
         predecessor=Predecessor(_BEFORE, Step("after bucket.complete_multipart job/last.pt")),
         torn="last.pt",
     ),

@@ -12,11 +12,10 @@ import pytest
 from ckpt_sidecar.bucket import Bucket
 from ckpt_sidecar.disk import Disk
 from tests.crash.matrix import Cuts, Matrix, sample
-from tests.crash.scenes import SCENES, STORES, Stage
+from tests.crash.scenes import SCENES, SEED, STORES, Stage
 
 A_FEW = 8  # kills for each scene where there is little time
-SECOND_KILLS = int(os.environ.get("CRASH_SECOND_KILLS", "45"))  # for each scene and store; 10000 is all
-SEED = int(os.environ.get("CRASH_SEED", random.randrange(10**6)))
+SECOND_KILLS = int(os.environ.get("CRASH_SECOND_KILLS", "30"))  # for each scene and store; 10000 is all
 
 
 async def _undisturbed(scene: str, store: str) -> tuple[Matrix, list[Cuts]]:
@@ -29,7 +28,7 @@ async def _undisturbed(scene: str, store: str) -> tuple[Matrix, list[Cuts]]:
 
 def _good(matrix: Matrix, name: str) -> None:
     print(f"\n{name}: {matrix} (CRASH_SEED={SEED})")  # noqa: T201
-    assert matrix.failures == [], f"{len(matrix.failures)} of {matrix}\n" + "\n".join(matrix.failures[:3])
+    assert matrix.failures == [], matrix.failures[0]
     assert len(matrix.missed) <= 1 + 0.1 * matrix.kills, f"{matrix}: {matrix.missed}"
 
 
@@ -57,10 +56,11 @@ async def test_a_kill_at_any_step_and_one_more_in_the_recovery_come_to_the_same_
     the recovery, which are too many: a sample, with each kind of step in it.
     """
     matrix, cuts = await _undisturbed(scene, store)
-    again = await matrix.kill_at_all(cuts)
+    again = await matrix.kill_at_all(random.Random(SEED).sample(cuts, len(cuts)))
+    _good(matrix, f"{scene}, {store}, one kill")
     assert len(again) >= 2 * len(cuts), f"the recoveries do hardly anything: {matrix}"
     await matrix.kill_at_all(sample(again, SECOND_KILLS, random.Random(SEED)))
-    _good(matrix, f"{scene}, {store}, {len(again)} places for a second kill")
+    _good(matrix, f"{scene}, {store}, a second kill at some of {len(again)} places")
 
 
 @pytest.mark.fault("E1")

@@ -15,14 +15,11 @@ import pytest
 from ckpt_sidecar.names import HOME
 from tests.crash.lives import Life, Save, Step, Store, Trainer
 from tests.crash.oracle import ending, flaws_at_rest, flaws_in_history, manifests
-from tests.crash.scenes import LARGE, SCENES, SMALL, STORES, WEAK, Scene, Stage, scratch, settings_of
-from tests.crash.test_crash_points import SEED
+from tests.crash.scenes import LARGE, SCENES, SEED, SMALL, STORES, WEAK, Scene, Stage, scratch, settings_of
 
 A_FEW = 6  # stalls for each store where there is little time
-WRITES = tuple(
-    f"before bucket.{verb} "
-    for verb in ("put", "create_multipart", "complete_multipart", "abort_multipart", "delete")
-)
+_VERBS = ("put", "create_multipart", "complete_multipart", "abort_multipart", "delete")
+WRITES = tuple(f"before bucket.{verb} " for verb in _VERBS)
 LATE = "late.pt"
 # A store that ignores conditions on delete looks at the key, and then deletes. Whoever is stalled in between
 # deletes what has come to stand there meanwhile: no protocol of ours can call that request back.
@@ -31,8 +28,11 @@ LOST = "within bucket.delete job/last.pt"
 
 _SAVES = (Save("Ready", "last.pt", LARGE), Save("last.pt committed", LATE, SMALL))
 DUELS = {
-    "saves": Scene(_SAVES),
-    "adopts and expires": Scene(_SAVES, {"keep_remote": 1}, predecessor=SCENES["adoption"].predecessor),
+    "parts": Scene(_SAVES),
+    "one put": Scene((Save("Ready", "last.pt", SMALL), *_SAVES[1:])),
+    "adoption, retention": Scene(
+        _SAVES, settings={"keep_remote": 1}, predecessor=SCENES["adoption"].predecessor
+    ),
 }
 
 
@@ -41,7 +41,8 @@ class Duel:
     """The first sidecar is held up at a step; the second, on another node, lives its whole life meanwhile.
 
     Stopped: the whole process is (SIGSTOP), its call is executed when it wakes. Else only its packets are
-    late: from that step on no write but that of a part reaches the bucket, and all else goes on.
+    late: from that step on no write but that of a part reaches the bucket, and all else goes on. A complete
+    that the store does not bind to what stands at the key has been preceded by a look, which was not late.
     """
 
     stage: Stage
@@ -81,8 +82,14 @@ class Duel:
             if self.stopped:
                 life.signal(signal.SIGCONT)
             self._over.set()
-        elif self.begun and not self.stopped and step.where.startswith(WRITES):
+        elif self.begun and not self.stopped and self._is_late(step):
             await self._over.wait()
+
+    def _is_late(self, step: Step) -> bool:
+        looks_first = not self.store.abilities.conditional_complete
+        if looks_first and "bucket.complete_multipart" in step.where:
+            return step.where.startswith("within ")
+        return step.where.startswith(WRITES)
 
     async def _live_second(self) -> None:
         settings = settings_of(self.second.root, attempt="attempt-2", **self.stage.scene.settings)
@@ -129,7 +136,7 @@ class Duel:
 
 def _enough(life: Life) -> bool:
     """It is told to stop once it has noticed; or, the holder to the end, has done all."""
-    return "Fenced" in life.told or f"{LATE} committed" in life.told
+    return not {"Fenced", "last.pt superseded", f"{LATE} committed"}.isdisjoint(life.told)
 
 
 # --- the tests ---------------------------------------------------------------------------------------
@@ -142,31 +149,34 @@ async def _all_stalls(stage: Stage) -> list[tuple[Step, bool]]:
         assert f"{LATE} committed" in alone.told, alone
         steps = [each for each in alone.steps if not each.where.startswith("before disk.")]  # told twice
     steps = [each for each in steps if each.where != LOST]
-    assert len(steps) >= 90, f"hardly a step to be stalled at: {len(steps)}"
+    assert len(steps) >= 70, f"hardly a step to be stalled at: {len(steps)}"
     return [(each, True) for each in steps] + [
         (each, False) for each in steps if each.where.startswith(WRITES)
     ]
 
 
 async def _stall_at(stalls: Sequence[tuple[Step, bool]], stage: Stage) -> None:
-    reached = 0
+    """Stall at each of these, in any order, until one goes wrong."""
+    reached: list[Step] = []
+    failed: list[str] = []
 
-    async def one(held: Step, *, stopped: bool) -> list[str]:
-        nonlocal reached
+    async def one(held: Step, *, stopped: bool) -> None:
         async with stage.seats:
+            if failed:
+                return
             with scratch() as where:
                 duel = Duel(stage, where, held, stopped)
                 await duel.play()
-                flaws = duel.flaws()
-                reached += duel.begun
-                how = "stopped" if stopped else "its packets late"
-                return [f"{how} {held}: {'; '.join(flaws)}\n{duel.life}"] if flaws else []
+                reached.extend([held] if duel.begun else [])
+                if flaws := duel.flaws():
+                    how = "stopped" if stopped else "its packets late"
+                    failed.append(f"{how} {held}: {'; '.join(flaws)}\n{duel.life}")
 
-    played = await asyncio.gather(*(one(held, stopped=stopped) for held, stopped in stalls))
-    failed = [flaw for each in played for flaw in each]
-    print(f"\n{len(stalls)} stalls, {reached} reached (CRASH_SEED={SEED})")  # noqa: T201
-    assert failed == [], f"{len(failed)} of {len(stalls)}:\n" + "\n".join(failed[:3])
-    assert reached >= 0.9 * len(stalls)
+    shuffled = random.Random(SEED).sample(stalls, len(stalls))
+    await asyncio.gather(*(one(held, stopped=stopped) for held, stopped in shuffled))
+    print(f"\n{len(stalls)} stalls, {len(reached)} reached (CRASH_SEED={SEED})")  # noqa: T201
+    assert failed == [], failed[0]
+    assert len(reached) >= 0.9 * len(stalls)
 
 
 @pytest.mark.fault("D1")
