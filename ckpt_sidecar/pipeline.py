@@ -71,6 +71,7 @@ class Pipeline:
         self._ledger = ledger
         self._watcher = watcher
         self._prefix = prefix
+        self._part_bytes = part_bytes
         self._workers = workers
         self._keep = keep
         self._times = times
@@ -110,7 +111,7 @@ class Pipeline:
         for what, error in found.broken:
             self._tell(Failed("pin", "disk", what, error))
         for checkpoint in found.checkpoints:
-            if isinstance(checkpoint.state, Pinned):
+            if isinstance(checkpoint.state, Pinned) and checkpoint.size > self._part_bytes:
                 self._uploader.doubt(checkpoint.name)  # killed between create and journal?
             self.moved(checkpoint)
         for caught in found.caught:

@@ -197,6 +197,7 @@ class Uploader:
     # --- a small file: one put ---
 
     async def _in_one_put(self, job: _Job, when: Condition) -> Checkpoint:
+        await self._clear_doubt(job)
         for _ in range(LOOKS):
             try:
                 async with self._slots.taken(job.checkpoint.id):
