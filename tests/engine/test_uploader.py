@@ -277,7 +277,7 @@ async def test_a_create_whose_answer_is_lost_leaves_no_upload(rig: Rig) -> None:
 
 @pytest.mark.parametrize("content", [b"weights", LARGE])
 async def test_an_upload_that_nobody_wrote_down_is_aborted_after_a_restart(rig: Rig, content: bytes) -> None:
-    """Killed between create and journal: its orphan goes, also where the next save of the name is a small one."""
+    """Killed between create and journal: its orphan goes, also where what follows is small."""
     orphan = await rig.memory.create_multipart("job/x.pt", metadata={})
     await rig.ledger.announce(Announced(Id(1, 1), "x.pt", "job/x.pt", orphan, 1, BORN, "spool-a"))
     rig.uploader.doubt("x.pt")
