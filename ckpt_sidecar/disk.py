@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ckpt_sidecar.checkpoint import File
@@ -22,6 +23,16 @@ def files_below(folder: Path) -> Iterator[Path]:
     """Yield whatever is no directory below the folder; what vanishes meanwhile is passed over."""
     for at, _, names in os.walk(folder):
         yield from (Path(at, name) for name in names)
+
+
+def foreign(paths: Iterable[Path]) -> Path | None:
+    """The first of the paths that is a symlink or another user's; None when all are our own."""
+    for path in paths:
+        status = path.lstat()
+        ours = status.st_uid == os.geteuid() and not stat.S_ISLNK(status.st_mode)
+        if not ours and path.name != "lost+found":
+            return path
+    return None
 
 
 class Disk:

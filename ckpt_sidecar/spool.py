@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
-from ckpt_sidecar.disk import Disk, PinnedFile, file_of, files_below
+from ckpt_sidecar.disk import Disk, PinnedFile, file_of, files_below, foreign
 from ckpt_sidecar.journal import Record, Recovered, dump_entry, load_entry, load_record, pid_of, read_json
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
@@ -92,13 +92,12 @@ class Spool:
             self.root.mkdir()
         if not self.root.is_dir():
             raise SpoolError(f"not a directory: {self.root} (--watch takes the checkpoint directory)")
-        self.disk.make_dir(self.home)
-        status = self.home.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise SpoolError(f"{self.home} belongs to another user (run as its owner, or remove it)")
-        self.home.chmod(0o700)
-        for path in (self._caught, self._pins):
-            self.disk.make_dir(path)
+        for folder in (self.home, self._caught, self._pins):
+            self.disk.make_dir(folder)
+            for paths in ([folder], folder.iterdir()):
+                if (path := foreign(paths)) is not None:
+                    raise SpoolError(f"{path} belongs to another user (run as its owner, or remove it)")
+                folder.chmod(0o700)  # before a look at what is in it
 
     def _lock(self) -> None:
         self._lock_file = (self.home / "lock").open("wb")
