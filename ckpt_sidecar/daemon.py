@@ -14,7 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -81,13 +81,20 @@ def _start_log(settings: Settings, outlet: Outlet | None = None) -> Log:
 
 @asynccontextmanager
 async def _bucket(settings: Settings, tell: Tell) -> AsyncIterator[PatientBucket]:
-    async with S3Bucket.open(
+    """The bucket; a configuration that cannot be used is said, and ends the program."""
+    opening = S3Bucket.open(
         settings.bucket,
         endpoint_url=settings.endpoint_url or None,
+        owner=settings.expected_bucket_owner,
         workers=settings.workers,
         part_bytes=PART_BYTES,
         tell=tell,
-    ) as bucket:
+    )
+    async with AsyncExitStack() as stack:
+        try:
+            bucket = await stack.enter_async_context(opening)
+        except BucketError as error:
+            raise click.ClickException(str(error)) from None
         yield PatientBucket(bucket, sleep=asyncio.sleep, chance=random.random, tell=tell)
 
 

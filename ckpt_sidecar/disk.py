@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +71,16 @@ def mend_of(error: OSError) -> str:
     if error.errno == errno.EIO:
         return "look at the disk, and at the kernel's log"
     return "run the sidecar as the trainer's user, with the directory writable for it"
+
+
+def foreign(paths: Iterable[Path]) -> Path | None:
+    """The first of the paths that is a symlink or another user's; None when all are our own."""
+    for path in paths:
+        status = path.lstat()
+        ours = status.st_uid == os.geteuid() and not stat.S_ISLNK(status.st_mode)
+        if not ours and path.name != "lost+found":
+            return path
+    return None
 
 
 class Disk:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -132,3 +133,10 @@ class Landing:
         path = self.root / name
         between = [each for each in path.parents if self.root in each.parents]
         return not any(each.is_symlink() for each in [path, *between])
+
+    def takes(self, name: str) -> bool:
+        """Is there nothing at `name`, or a regular file? Directories, devices and pipes are left alone."""
+        try:
+            return stat.S_ISREG((self.root / name).lstat().st_mode)
+        except OSError:
+            return True

@@ -142,7 +142,14 @@ def configure(stream: TextIO, *, readable: bool, colors: bool) -> None:
         )
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("aiohttp.server").addFilter(_no_bad_request)
     logging.captureWarnings(capture=True)
+
+
+def _no_bad_request(record: logging.LogRecord) -> bool:
+    """Keep out what is answered with 400: anybody may send it, and have a traceback written each time."""
+    error = record.exc_info[1] if record.exc_info else None
+    return type(error).__module__ != "aiohttp.http_exceptions"
 
 
 def _visible(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -7,6 +7,7 @@ How it can go wrong, and what is done:
 - the object changes under the download: If-Match fails, and the key is looked at anew;
 - the watch dir has it already: verified and kept; has a torn file of that name: set aside, never deleted;
 - the trainer writes the same name meanwhile: its file stays;
+- a symlink is in the way, or what is no file stands at the name: nothing is touched, the next one;
 - killed at any step: what had arrived lies out of sight, and the next start clears it.
 """
 
@@ -94,6 +95,7 @@ class Restorer:
         self._flaw_of = flaw_of
         self._seconds = seconds
         self._tell = tell
+        self._stood: dict[str, File | None] = {}  # what stood at each name when the restore began
 
     async def restore(self, manifest: Manifest, waiting: Iterable[Checkpoint] = ()) -> Outcome:
         """Put the newest good checkpoint in place, or keep what is at least as new.
@@ -104,6 +106,7 @@ class Restorer:
         """
         started = self._seconds()
         newest = manifest.newest
+        self._stood = {each.name: self._landing.look(each.name) for each in manifest.checkpoints}
         held = max((each for each in waiting if self._stands(each)), key=lambda each: each.id, default=None)
         if held is not None and (newest is None or held.id > newest.id):
             self._told("kept", held.id, held.name, size=0, started=started)
@@ -137,8 +140,7 @@ class Restorer:
         Trouble that says nothing about the entry comes out.
         """
         try:
-            if not self._landing.inside(entry.name):
-                raise Refused("a symlink is in the way inside the watch dir")
+            self._check_way(entry.name)
             if await asyncio.to_thread(self._has, entry):
                 return Outcome("kept", entry, path=self._landing.root / entry.name)
             with suppress(Corrupt):  # on its way, perhaps: an older checkpoint costs more than a download
@@ -155,6 +157,13 @@ class Restorer:
                 ) from error
             self._tell(FellBack(entry.id, entry.name, str(error)))
             return None
+
+    def _check_way(self, name: str) -> None:
+        """Raise Refused where it would be written through a symlink, or over what is no file."""
+        if not self._landing.inside(name):
+            raise Refused("a symlink is in the way inside the watch dir")
+        if not self._landing.takes(name):
+            raise Refused("what stands at its name in the watch dir is no file")
 
     def _has(self, entry: Entry) -> bool:
         """Is the watch dir's file of that name this very checkpoint, byte for byte?"""
@@ -178,22 +187,23 @@ class Restorer:
 
     async def _fetch(self, entry: Entry) -> Outcome | None:
         ref, found = await self._locate(entry)
-        before = self._landing.look(entry.name)
         with self._landing.incoming(ref.size) as incoming:
             ref = replace(ref, crc64nvme=await self._download(ref, found.name, incoming))
             with incoming.open() as file:
                 flaw = await asyncio.to_thread(self._flaw_of, file, found.name)
             if flaw is not None:
                 raise Refused(f"the object is no whole checkpoint: {flaw}")
-            path = await asyncio.to_thread(self._place, incoming, found, before)
+            path = await asyncio.to_thread(self._place, incoming, found)
         done = replace(found, objects=(ref,))
         adopted = done if found is not entry else None
         return Outcome(
             "restored" if path is not None else "kept", done, adopted, self._landing.root / found.name
         )
 
-    def _place(self, incoming: Incoming, entry: Entry, before: File | None) -> Path | None:
+    def _place(self, incoming: Incoming, entry: Entry) -> Path | None:
         """Put the file in place; None when the trainer has written that name meanwhile: its file stays."""
+        self._check_way(entry.name)  # it was clear when the download began
+        before = self._stood.get(entry.name)
         if before is not None and self._landing.look(entry.name) == before:
             self._landing.aside(entry.name)
         file = incoming.seal(entry.name, entry.saved_at)

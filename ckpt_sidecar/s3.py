@@ -13,6 +13,7 @@ import builtins
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from ckpt_sidecar import __version__
@@ -72,12 +73,14 @@ class S3Bucket:
         name: str,
         *,
         endpoint_url: str | None = None,
+        owner: str = "",
         workers: int = WORKERS,
         part_bytes: int = PART_BYTES,
         tell: Callable[[Requested], None],
     ) -> AsyncIterator[S3Bucket]:
         """Connect to nothing yet, but have all that is needed; credentials and region by the AWS chain.
 
+        With an `owner` every request is refused where the bucket is another account's.
         Memory for bodies is `workers` times `part_bytes`, also where parts are larger.
         """
         async with AsyncExitStack() as stack:
@@ -89,6 +92,8 @@ class S3Bucket:
             except Exception as error:
                 raise translated(error, Asked("open", name)) from error
             stack.callback(client.close)
+            for each in (client, control) if owner else ():
+                each.meta.events.register("before-parameter-build.s3", partial(_say_owner, owner))
             bodies = BodyThreads(client, workers=workers, buffer_bytes=part_bytes)
             stack.callback(bodies.close)
             yield cls(name, control=control, bodies=bodies, tell=tell)
@@ -357,6 +362,11 @@ def _whole_crc(parts: Sequence[Part]) -> str | None:
 def _listed(part: Part, *, checksum: bool) -> dict[str, Any]:
     kept = {"ChecksumCRC64NVME": part.crc64nvme} if checksum and part.crc64nvme else {}
     return {"PartNumber": part.number, "ETag": f'"{part.etag}"', **kept}
+
+
+def _say_owner(owner: str, params: dict[str, Any], **_rest: Any) -> None:
+    """Be called by botocore for every request."""
+    params["ExpectedBucketOwner"] = owner
 
 
 def _clients(endpoint_url: str | None, workers: int) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ckpt_sidecar.bucket import MAX_KEY_BYTES
 from ckpt_sidecar.formats import Rules
@@ -19,6 +20,8 @@ from ckpt_sidecar.names import MAX_NAME_BYTES, flaw_of_name
 
 ENV_PREFIX = "CKPT_SIDECAR_"
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", re.ASCII)
+_OWNER = re.compile(r"\d{12}", re.ASCII)
+_PASSWORD = re.compile(r"(?<=//).*@", re.DOTALL)  # of an endpoint, with its user
 _ADDRESS = re.compile(r"(?:\[([^\s\[\]]+)\]|([^\s:\[\]]+)):(\d{1,5})", re.ASCII)
 
 
@@ -43,13 +46,16 @@ class Settings:
     )
     prefix: str = _setting("", "Where in the bucket this job's checkpoints live: one prefix for each job.")
     endpoint_url: str = _setting("", "Endpoint of an S3-compatible store.", metavar="URL")
+    expected_bucket_owner: str = _setting(
+        "", "The AWS account that must own the bucket: another's is refused.", metavar="ACCOUNT"
+    )
     pattern: tuple[str, ...] = _setting(
         Rules().patterns,
         "Which files are checkpoints, at any depth; may be given several times (the variable: with blanks).",
     )
     listen: str = _setting(
         "0.0.0.0:22578",
-        "Where /metrics, /healthz, /readyz and /status.json answer; read-only.",
+        "Where /metrics, /healthz, /readyz and /status.json answer; nothing else.",
         metavar="HOST:PORT",
     )
     workers: int = _setting(4, "Parts sent or fetched at a time; memory grows by 8 MiB for each.")
@@ -87,7 +93,8 @@ class Settings:
         for name, check in _CHECKS.items():
             flaw = check(getattr(self, name))
             if flaw is not None:
-                raise BadSetting(f"--{name.replace('_', '-')}: {getattr(self, name)!r} {flaw}")
+                shown = _PASSWORD.sub("", repr(getattr(self, name)))
+                raise BadSetting(f"--{name.replace('_', '-')}: {shown} {flaw}")
         self.address()
         self._check_spool()
 
@@ -147,14 +154,25 @@ def _flaw_of_format(word: str) -> str | None:
 
 
 def _flaw_of_endpoint(url: str) -> str | None:
-    good = not url or re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None
-    return None if good else "is no URL (for example https://s3.example.com)"
+    if "@" in url:
+        return "has a user or a password in it (leave them out: the AWS chain finds the credentials)"
+    try:
+        good = bool(urlsplit(url).hostname) and urlsplit(url).port != 0
+    except ValueError:
+        good = False
+    good = good and re.fullmatch(r"https?://[^/\s]+(/\S*)?", url) is not None
+    return None if good or not url else "is no URL (for example https://s3.example.com)"
+
+
+def _flaw_of_owner(account: str) -> str | None:
+    return None if not account or _OWNER.fullmatch(account) else "is no AWS account (12 digits)"
 
 
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "bucket": _flaw_of_bucket,
     "prefix": _flaw_of_prefix,
     "endpoint_url": _flaw_of_endpoint,
+    "expected_bucket_owner": _flaw_of_owner,
     "pattern": _flaw_of_patterns,
     "workers": _between(1, 64),
     "settle": _between(0, 3600),

@@ -30,7 +30,16 @@ from typing import Any, BinaryIO
 
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
-from ckpt_sidecar.disk import Disk, PinnedFile, file_of, leads_to, locked, mend_of, nameless_bytes
+from ckpt_sidecar.disk import (
+    Disk,
+    PinnedFile,
+    file_of,
+    foreign,
+    leads_to,
+    locked,
+    mend_of,
+    nameless_bytes,
+)
 from ckpt_sidecar.journal import Record, Recovered, dump_entry, load_record, pid_of, read_entry, read_json
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
@@ -90,13 +99,12 @@ class Spool:
             raise SpoolError(f"not a directory: {self.root} (--watch takes the checkpoint directory)")
 
     def _open_home(self) -> None:
-        self.disk.make_dir(self.home)
-        status = self.home.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise SpoolError(f"{self.home} belongs to another user (run as its owner, or remove it)")
-        self.home.chmod(0o700)
-        for path in (self._caught, self._pins):
-            self.disk.make_dir(path)
+        for folder in (self.home, self._caught, self._pins):
+            self.disk.make_dir(folder)
+            for paths in ([folder], folder.iterdir()):
+                if (path := foreign(paths)) is not None:
+                    raise SpoolError(f"{path} belongs to another user (run as its owner, or remove it)")
+                folder.chmod(0o700)  # before a look at what is in it
 
     def _lock(self) -> BinaryIO:
         if (lock := locked(self.home / "lock")) is None:

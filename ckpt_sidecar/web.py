@@ -160,7 +160,9 @@ async def serve(
     async def show_ready(_request: web.Request) -> web.Response:
         if status.ready:
             return web.Response(text="ready\n")
-        return web.Response(status=503, text=f"not ready: {status.reason}\n")
+        # What the bucket holds may stand in the reason, and need not be valid text.
+        reason = status.reason.encode("utf-8", "backslashreplace").decode("utf-8")
+        return web.Response(status=503, text=f"not ready: {reason}\n")
 
     async def show_status(_request: web.Request) -> web.Response:
         return web.json_response(status.as_dict(now()))

@@ -161,6 +161,9 @@ def test_endpoints_are_urls(url: str) -> None:
         "http://a/b c",
         "http://a\n",
         " http://a",
+        "http://a:x9",
+        "http://a:99999",
+        "http://[::1",
     ],
 )
 def test_what_is_no_url_is_said(url: str) -> None:
@@ -168,6 +171,25 @@ def test_what_is_no_url_is_said(url: str) -> None:
     assert complaint(endpoint_url=url) == (
         f"--endpoint-url: {url!r} is no URL (for example https://s3.example.com)"
     )
+
+
+@pytest.mark.fault("G3")
+@pytest.mark.parametrize(
+    "url", ["http://user:hidden@host", "https://hidden@host/x", "http://us er:hid/den@ho st", "//hidden@x"]
+)
+def test_a_password_in_an_endpoint_is_refused_and_not_told(url: str) -> None:
+    """It would be of no use: requests are signed."""
+    said = complaint(endpoint_url=url)
+    assert "has a user or a password in it" in said
+    assert "hid" not in said.replace("--endpoint-url: ", "")
+
+
+@pytest.mark.fault("G7")
+@pytest.mark.parametrize("account", ["1234", "12345678901a", "1234567890123", "\u0661" * 12, " 123456789012"])
+def test_an_owner_is_an_account(account: str) -> None:
+    """A slip must not be taken for a bucket of somebody else's."""
+    assert "is no AWS account (12 digits)" in complaint(expected_bucket_owner=account)
+    assert settings(expected_bucket_owner="123456789012").expected_bucket_owner == "123456789012"
 
 
 @pytest.mark.parametrize("pattern", [(), ("",), ("*.pt", "")])

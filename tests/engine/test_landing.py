@@ -110,6 +110,7 @@ def test_a_restore_that_fails_leaves_nothing_behind(landing: Landing, disk: Hurt
     assert landing.look("x.pt") is None
 
 
+@pytest.mark.fault("F4")
 def test_what_a_killed_restore_left_is_cleared(landing: Landing) -> None:
     """Halves of files are out of sight, and the next start removes them."""
     landing.incoming(7)  # and the process is gone
@@ -118,6 +119,7 @@ def test_what_a_killed_restore_left_is_cleared(landing: Landing) -> None:
     assert leftovers(landing) == []
 
 
+@pytest.mark.fault("F5")
 def test_what_is_set_aside_is_kept_for_ever(landing: Landing) -> None:
     """A torn file keeps its bytes, also when a process of the same pid sets another of that name aside."""
     kept = []
@@ -149,6 +151,7 @@ def test_nothing_is_deleted_through_a_symlink(landing: Landing, tmp_path: Path) 
     assert (tmp_path / "outside" / "x.pt").exists()
 
 
+@pytest.mark.fault("F8")
 @pytest.mark.parametrize(
     ("name", "inside"),
     [

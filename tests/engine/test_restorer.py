@@ -370,6 +370,7 @@ async def test_the_version_that_was_committed_is_restored(tmp_path: Path) -> Non
 # --- what the watch dir has --------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F5")
 async def test_what_is_there_already_is_kept(rig: Rig) -> None:
     """The very checkpoint, byte for byte: nothing is downloaded, and it is known."""
     entry = await rig.commit(1, "x.pt", b"weights")
@@ -380,6 +381,7 @@ async def test_what_is_there_already_is_kept(rig: Rig) -> None:
     assert rig.outcome == ("kept", "x.pt", 0)
 
 
+@pytest.mark.fault("F5")
 async def test_size_and_time_alone_prove_nothing(rig: Rig) -> None:
     """A file that only looks like the checkpoint is set aside, and the real one restored."""
     await rig.commit(1, "x.pt", b"weights")
@@ -389,6 +391,7 @@ async def test_size_and_time_alone_prove_nothing(rig: Rig) -> None:
     assert rig.hidden("aside") == [b"WEIGHTS"]
 
 
+@pytest.mark.fault("F5")
 async def test_a_torn_file_is_set_aside_and_not_deleted(rig: Rig) -> None:
     """What a crash left under the checkpoint's name is kept for a person to look at."""
     await rig.commit(1, "x.pt", b"weights")
@@ -398,6 +401,7 @@ async def test_a_torn_file_is_set_aside_and_not_deleted(rig: Rig) -> None:
     assert rig.hidden("aside") == [b"wei"]
 
 
+@pytest.mark.fault("F5")
 async def test_a_newer_checkpoint_that_is_not_yet_durable_is_kept(rig: Rig) -> None:
     """The watch dir holds a newer one, which is on its way: a trainer finds that."""
     await rig.commit(1)
@@ -408,6 +412,7 @@ async def test_a_newer_checkpoint_that_is_not_yet_durable_is_kept(rig: Rig) -> N
     assert rig.outcome == ("kept", "2.pt", 0)
 
 
+@pytest.mark.fault("F5")
 async def test_a_newer_checkpoint_is_kept_although_the_bucket_is_empty(rig: Rig) -> None:
     """Nothing durable yet, but something on its way."""
     assert await rig.restore(waiting(1, save(rig.root, "1.pt", b"first"))) == Outcome("kept")
@@ -421,6 +426,7 @@ async def test_a_newer_checkpoint_whose_file_is_gone_does_not_count(rig: Rig) ->
     assert rig.files() == {"1.pt": b"weights of 1"}
 
 
+@pytest.mark.fault("F5")
 async def test_an_older_checkpoint_that_is_not_yet_durable_is_no_reason_to_keep(rig: Rig) -> None:
     """A later holder has committed a newer one: that is restored beside it."""
     await rig.commit(2)
@@ -428,6 +434,7 @@ async def test_an_older_checkpoint_that_is_not_yet_durable_is_no_reason_to_keep(
     assert rig.files() == {"1.pt": b"older", "2.pt": b"weights of 2"}
 
 
+@pytest.mark.fault("F9")
 async def test_what_the_trainer_writes_meanwhile_stays(rig: Rig) -> None:
     """A trainer that started too early has saved under the same name: its file is not replaced."""
     await rig.commit(1, "last.pt", b"restored")
@@ -443,6 +450,7 @@ async def test_what_the_trainer_writes_meanwhile_stays(rig: Rig) -> None:
     assert rig.hidden("incoming") == []
 
 
+@pytest.mark.fault("F9")
 async def test_a_file_that_changes_meanwhile_is_not_set_aside(rig: Rig) -> None:
     """A torn file is replaced by the trainer while the download runs: the trainer's stays."""
     await rig.commit(1, "last.pt", b"restored")
@@ -460,6 +468,7 @@ async def test_a_file_that_changes_meanwhile_is_not_set_aside(rig: Rig) -> None:
 # --- hostile places ----------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F8")
 @pytest.mark.parametrize("link", ["deep", "deep/er"])
 async def test_nothing_is_written_through_a_symlink(rig: Rig, tmp_path: Path, link: str) -> None:
     """A link in the way leads outside: refused, said, and the next checkpoint is taken."""
@@ -474,6 +483,7 @@ async def test_nothing_is_written_through_a_symlink(rig: Rig, tmp_path: Path, li
     assert rig.fell_back == ["1-2 a symlink is in the way inside the watch dir"]
 
 
+@pytest.mark.fault("F8")
 async def test_a_symlink_at_the_name_is_left_alone(rig: Rig, tmp_path: Path) -> None:
     """What it points to is neither replaced nor believed."""
     await rig.commit(1, "x.pt", b"weights")
@@ -497,7 +507,7 @@ async def test_a_file_in_the_way_of_a_directory_is_left_alone(rig: Rig) -> None:
 # --- the disk ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("E4")
+@pytest.mark.fault("E4", "F6")
 async def test_a_disk_too_small_is_said_before_the_first_byte(rig: Rig) -> None:
     """Both numbers are in the message; no older, smaller checkpoint is taken for the newest."""
     await rig.commit(1, content=b"sm")
@@ -509,6 +519,7 @@ async def test_a_disk_too_small_is_said_before_the_first_byte(rig: Rig) -> None:
     assert rig.files() == {}
 
 
+@pytest.mark.fault("F6")
 @pytest.mark.parametrize("call", ["create", "write_at", "link"])
 @pytest.mark.fault("E4")
 async def test_a_disk_that_fills_up_is_no_flaw_of_the_checkpoint(rig: Rig, call: str) -> None:

@@ -662,6 +662,7 @@ def test_a_spool_that_another_user_puts_in_its_place_is_not_used(spool: Spool, r
     assert list(spool.home.iterdir()) == []
 
 
+@pytest.mark.fault("G6")
 @as_root
 def test_a_spool_of_another_user_is_refused(root: Path) -> None:
     """What another user could have forged is not used, and nothing is written into it."""
@@ -673,6 +674,7 @@ def test_a_spool_of_another_user_is_refused(root: Path) -> None:
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.fault("G6")
 def test_a_symlink_in_place_of_the_spool_is_refused(root: Path, tmp_path: Path) -> None:
     """A link that leads out of the watch dir is not followed."""
     (tmp_path / "outside").mkdir()
@@ -682,6 +684,7 @@ def test_a_symlink_in_place_of_the_spool_is_refused(root: Path, tmp_path: Path) 
     assert list((tmp_path / "outside").iterdir()) == []
 
 
+@pytest.mark.fault("G6")
 def test_the_spool_is_for_us_alone(spool: Spool) -> None:
     """Nobody else can put an entry there, or read a checkpoint that its owner keeps to himself."""
     assert spool.home.stat().st_mode & 0o777 == 0o700

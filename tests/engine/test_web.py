@@ -135,6 +135,7 @@ async def test_metrics_are_what_prometheus_reads() -> None:
         assert "\nckpt_sidecar_upload_lag_seconds 0.0\n" in answer.text
 
 
+@pytest.mark.fault("G4")
 async def test_other_paths_are_not_found() -> None:
     """Nothing else is served, least of all files."""
     async with served(Sidecar()) as client:
@@ -142,6 +143,7 @@ async def test_other_paths_are_not_found() -> None:
         assert (await client.ask("/%2e%2e/etc/passwd")).status == 404
 
 
+@pytest.mark.fault("G4")
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/status.json"])
 async def test_no_call_changes_anything(path: str, method: str) -> None:
@@ -172,7 +174,7 @@ async def test_a_hundred_scrapes_at_once_are_all_answered() -> None:
         assert {answer.status for answer in answers} == {200}
 
 
-@pytest.mark.fault("E10")
+@pytest.mark.fault("E10", "G4")
 async def test_a_client_that_says_nothing_holds_nobody_up_and_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
