@@ -254,6 +254,7 @@ async def test_when_none_is_good_it_is_said(rig: Rig) -> None:
         Unreachable("no route"),
         Denied("expired", reason="credentials"),
         Missing("there is no bucket", reason="bucket"),
+        Refused("it is elsewhere", reason="region"),
     ],
 )
 async def test_trouble_that_says_nothing_about_the_object_comes_out(
