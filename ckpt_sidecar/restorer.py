@@ -149,7 +149,7 @@ class Restorer:
         except (Unreachable, Denied):
             raise
         except (BucketError, OSError) as error:
-            if isinstance(error, Missing) and error.reason == "bucket":
+            if isinstance(error, BucketError) and error.reason in ("bucket", "region"):
                 raise
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoRoom(

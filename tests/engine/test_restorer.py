@@ -174,7 +174,7 @@ async def test_bytes_that_are_damaged_on_their_way_are_fetched_again(rig: Rig) -
         rig.memory.objects["job/2.pt"] = good
 
     rig.damage("2.pt")
-    rig.bucket.on("get_range", "2.pt", after=mended)
+    rig.bucket.on("get_range", "2.pt", after=mended, passing=2)  # the last of three parts
     assert (await rig.restore()).word == "restored"
     assert rig.files() == {"2.pt": b"weights of 2"}
     assert rig.fell_back == []
@@ -254,6 +254,7 @@ async def test_when_none_is_good_it_is_said(rig: Rig) -> None:
         Unreachable("no route"),
         Denied("expired", reason="credentials"),
         Missing("there is no bucket", reason="bucket"),
+        Refused("it is elsewhere", reason="region"),
     ],
 )
 async def test_trouble_that_says_nothing_about_the_object_comes_out(
