@@ -159,7 +159,7 @@ def restore(*, as_json: bool, **given: Any) -> None:
     For init containers and scripts. Exit codes: 0 restored, kept what was there, or nothing to restore;
     1 an error; 5 the bucket holds checkpoints and none could be restored.
     """
-    from ckpt_sidecar.daemon import run_restore  # noqa: PLC0415
+    from ckpt_sidecar.commands import run_restore  # noqa: PLC0415
 
     code, told = run_restore(settings_from(given))
     click.echo(json.dumps(told) if as_json else told["path"] or "")
@@ -171,7 +171,7 @@ def restore(*, as_json: bool, **given: Any) -> None:
 @JSON
 def list_checkpoints(*, as_json: bool, **given: Any) -> None:
     """List the durable checkpoints, newest first."""
-    from ckpt_sidecar.daemon import read_manifest  # noqa: PLC0415
+    from ckpt_sidecar.commands import read_manifest  # noqa: PLC0415
 
     settings = settings_from(given | {"watch": "."})
     entries = read_manifest(settings)

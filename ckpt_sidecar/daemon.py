@@ -1,59 +1,38 @@
-"""The composition root: the real bucket, disk, clock and chance, put together and run."""
+"""The composition root: the daemon, put together and run."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import platform
-import random
-import secrets
 import signal
 import socket
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 import click
 
 from ckpt_sidecar import __version__
 from ckpt_sidecar.bodies import started
-from ckpt_sidecar.bucket import PART_BYTES, BucketError, Missing
 from ckpt_sidecar.checkpoint import Book
 from ckpt_sidecar.child import ENDS, FORWARDED, STOPS, CannotRun, Child, reap_orphans
-from ckpt_sidecar.document import MAX_MANIFEST_BYTES, Mangled, UnknownSchema, dump_entry, parse
-from ckpt_sidecar.events import Event, Failed, Progress
-from ckpt_sidecar.formats import flaw_of
-from ckpt_sidecar.landing import Landing, NoRoom
-from ckpt_sidecar.ledger import Ledger, Times
-from ckpt_sidecar.log import Log, Outlet, configure, default_stream, on_terminal
+from ckpt_sidecar.events import Event, Failed
+from ckpt_sidecar.log import Log, Outlet, default_stream
 from ckpt_sidecar.manifest import Holder
 from ckpt_sidecar.metrics import Metrics
-from ckpt_sidecar.names import MANIFEST_NAME
 from ckpt_sidecar.notices import endpoint_of, watch_notices
-from ckpt_sidecar.patience import PatientBucket
-from ckpt_sidecar.restorer import NothingRestored, Restorer
-from ckpt_sidecar.s3 import S3Bucket
+from ckpt_sidecar.outside import Tell, opened_bucket, opened_log, opened_spool, real_times, with_progress
 from ckpt_sidecar.settings import Settings, attempt_of
 from ckpt_sidecar.sidecar import End, Exit, Sidecar, World
-from ckpt_sidecar.spool import Spool, SpoolError
+from ckpt_sidecar.spool import Spool
 from ckpt_sidecar.web import CannotListen, Status, serve
 
-Tell = Callable[[Event], None]
 LAST_LINES_SECONDS = 2.0  # for the log's last lines to leave, where nobody reads
-
-
-def _times() -> Times:
-    return Times(
-        wall=time.time_ns,
-        sleep=asyncio.sleep,
-        chance=random.random,
-        token=lambda: secrets.token_hex(16),
-    )
 
 
 def _attempt(host: str) -> str:
@@ -68,50 +47,6 @@ def _attempt(host: str) -> str:
 def _me(settings: Settings) -> Holder:
     host = socket.gethostname()
     return Holder("", settings.attempt or _attempt(host), host, os.getpid(), time.time_ns())
-
-
-def _start_log(settings: Settings, outlet: Outlet | None = None) -> Log:
-    stream = default_stream()
-    terminal = on_terminal(stream)
-    readable = settings.log_format == "console" or (settings.log_format == "auto" and terminal)
-    to = cast("TextIO", outlet or stream)
-    configure(to, readable=readable, colors=terminal and "NO_COLOR" not in os.environ)
-    return Log(seconds=time.monotonic)
-
-
-@asynccontextmanager
-async def _bucket(settings: Settings, tell: Tell) -> AsyncIterator[PatientBucket]:
-    """The bucket; a configuration that cannot be used is said, and ends the program."""
-    opening = S3Bucket.open(
-        settings.bucket,
-        endpoint_url=settings.endpoint_url or None,
-        owner=settings.expected_bucket_owner,
-        workers=settings.workers,
-        part_bytes=PART_BYTES,
-        tell=tell,
-    )
-    async with AsyncExitStack() as stack:
-        try:
-            bucket = await stack.enter_async_context(opening)
-        except BucketError as error:
-            raise click.ClickException(str(error)) from None
-        yield PatientBucket(bucket, sleep=asyncio.sleep, chance=random.random, tell=tell)
-
-
-@contextmanager
-def _spool(settings: Settings, tell: Tell) -> Iterator[Spool]:
-    """The opened spool; what cannot be used is said, and ends the program."""
-    spool = Spool(settings.watch, home=Path(settings.spool) if settings.spool else None)
-    try:
-        complaints = spool.open(new_id=uuid.uuid4().hex)
-    except SpoolError as error:
-        raise click.ClickException(str(error)) from None
-    for complaint in complaints:
-        tell(Failed("start", "disk", str(spool.home), complaint))
-    try:
-        yield spool
-    finally:
-        spool.close()
 
 
 # --- the daemon --------------------------------------------------------------------------------------
@@ -134,7 +69,7 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
         leave(end.code, end.reason)
 
     try:
-        return _live(settings, command, log=_start_log(settings, outlet), leave=leave_now)
+        return _live(settings, command, log=opened_log(settings, outlet), leave=leave_now)
     finally:
         outlet.settle(LAST_LINES_SECONDS)
 
@@ -142,14 +77,14 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
 def _live(settings: Settings, command: Sequence[str], *, log: Log, leave: Callable[[End], None]) -> End:
     threading.excepthook = log.thread_crashed
     book = Book()
-    readers: list[Tell] = [_with_progress(log.tell)]
+    readers: list[Tell] = [with_progress(log.tell)]
 
     def tell(event: Event) -> None:
         for reader in readers:
             reader(event)
 
     try:
-        with _spool(settings, tell) as spool:
+        with opened_spool(settings, tell) as spool:
             daemon = _daemon(
                 settings,
                 command,
@@ -223,8 +158,8 @@ async def _daemon(
         except OSError as error:  # then `status` and `wait` do not find us; nothing else is worse for it
             tell(Failed("start", "disk", str(spool.home), str(error), "look at the watch dir's disk"))
 
-    async with _bucket(settings, tell) as bucket:
-        world = World(bucket, _times(), time.monotonic, _me(settings), tell, leave)
+    async with opened_bucket(settings, tell) as bucket:
+        world = World(bucket, real_times(), time.monotonic, _me(settings), tell, leave)
         sidecar = Sidecar(settings, world, spool=spool, book=book)
         child = Child(command, grace=settings.drain_timeout) if command else None
 
@@ -321,89 +256,3 @@ def _leaf(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-# --- one-shot commands -------------------------------------------------------------------------------
-
-
-def run_restore(settings: Settings) -> tuple[Exit, dict[str, Any]]:
-    """Restore once, without claiming the prefix; return the exit code and what was done."""
-    log = _start_log(settings)
-    tell = _with_progress(log.tell)
-    with _spool(settings, tell) as spool:
-        return asyncio.run(_restore(settings, spool, tell))
-
-
-async def _restore(settings: Settings, spool: Spool, tell: Tell) -> tuple[Exit, dict[str, Any]]:
-    landing = Landing(settings.watch)
-    landing.clear()
-    async with _bucket(settings, tell) as bucket:
-        restorer = Restorer(
-            bucket,
-            landing,
-            known=spool.known,
-            workers=settings.workers,
-            part_bytes=PART_BYTES,
-            flaw_of=flaw_of,
-            seconds=time.monotonic,
-            tell=tell,
-        )
-        try:
-            ledger = Ledger(bucket, prefix=settings.prefix, times=_times(), tell=tell)
-            manifest = await ledger.load(durable=spool.known.newest)
-            outcome = await restorer.restore(manifest)
-        except NothingRestored as error:
-            return Exit.NOTHING_RESTORED, {"outcome": "failed", "path": None, "error": str(error)}
-        except (BucketError, UnknownSchema, NoRoom) as error:
-            raise click.ClickException(str(error)) from None
-    entry = outcome.entry
-    return Exit.DURABLE, {
-        "outcome": outcome.word,
-        "path": None if outcome.path is None else str(outcome.path),
-        "checkpoint": None if entry is None else dump_entry(entry, bucket=settings.bucket),
-    }
-
-
-def _with_progress(tell: Tell) -> Tell:
-    """A progress bar for what comes down, in place of its log lines, where a person is watching."""
-    if not on_terminal(default_stream()):
-        return tell
-    bars: dict[str, Any] = {}
-
-    def told(event: Event) -> None:
-        if not isinstance(event, Progress) or event.direction != "down":
-            tell(event)
-            return
-        bar = bars.get(event.name)
-        if bar is None:
-            bar = bars[event.name] = click.progressbar(
-                length=event.total, label=event.name, file=default_stream()
-            )
-        bar.update(event.bytes)
-        if event.done >= event.total:
-            bar.render_finish()
-            del bars[event.name]
-
-    return told
-
-
-def read_manifest(settings: Settings) -> list[dict[str, Any]]:
-    """Return the entries of `latest.json`, newest first, as they stand there."""
-    return asyncio.run(_read_manifest(settings))
-
-
-async def _read_manifest(settings: Settings) -> list[dict[str, Any]]:
-    def tell(_event: Event) -> None:
-        """Nobody listens."""
-
-    async with _bucket(settings, tell) as bucket:
-        try:
-            raw, _ = await bucket.get(settings.prefix + MANIFEST_NAME, limit=MAX_MANIFEST_BYTES)
-            manifest = parse(raw, prefix=settings.prefix)
-        except Missing as error:
-            if error.reason == "key":
-                return []
-            raise click.ClickException(str(error)) from None
-        except (BucketError, UnknownSchema, Mangled) as error:
-            raise click.ClickException(f"{MANIFEST_NAME}: {error}") from None
-    return [dump_entry(each, bucket=settings.bucket) for each in manifest.checkpoints]

@@ -27,7 +27,7 @@ from ckpt_sidecar.bucket import (
     Upload,
 )
 from ckpt_sidecar.checkpoint import Id
-from ckpt_sidecar.document import MAX_MANIFEST_BYTES, Mangled, UnknownSchema, dump, parse
+from ckpt_sidecar.document import UnknownSchema, dump
 from ckpt_sidecar.events import Adopted, Claimed, Event, Fenced, Rebuilt, RecoveryPoint, UploadAborted
 from ckpt_sidecar.manifest import (
     HISTORY,
@@ -47,6 +47,7 @@ from ckpt_sidecar.manifest import (
 )
 from ckpt_sidecar.names import MANIFEST_NAME
 from ckpt_sidecar.policy import retry_delay
+from ckpt_sidecar.reading import Seen, entries_from_objects, read
 
 SWAP_TRIES = 20  # a foreign writer that beats us twenty times in a row is said, not fought
 
@@ -69,15 +70,6 @@ class _Turn:
 
     change: Change
     done: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What a read found: no manifest when it is absent (no etag either) or mangled; `flaw` says how."""
-
-    manifest: Manifest | None
-    etag: str | None
-    flaw: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,27 +110,14 @@ class Ledger:
 
     # --- reading ---
 
-    async def _read(self) -> _Seen:
-        """What stands in the bucket. Raises UnknownSchema, and what the bucket raises."""
-        try:
-            raw, ref = await self._bucket.get(self._key, limit=MAX_MANIFEST_BYTES)
-        except Missing as error:
-            if error.reason != "key":
-                raise
-            return _Seen(None, None, "it is not there")
-        try:
-            return _Seen(parse(raw, prefix=self._prefix), ref.etag, "")
-        except Mangled as error:
-            return _Seen(None, ref.etag, str(error))
-
     async def load(self, *, durable: Id | None = None) -> Manifest:
         """Read the manifest; make it anew from the objects where it is absent, mangled or an older copy.
 
         An older copy has nothing as new as `durable`, which the caller knows to have been committed.
         """
-        seen = await self._read()
+        seen = await read(self._bucket, self._prefix)
         if seen.manifest is None and seen.etag is not None:  # mangled: on its way, perhaps
-            seen = await self._read()
+            seen = await read(self._bucket, self._prefix)
         newest = seen.manifest.newest if seen.manifest else None
         if durable and not seen.flaw and (newest is None or newest.id < durable):
             seen = replace(seen, flaw=f"it is an older copy, from before {durable} was committed")
@@ -154,8 +133,8 @@ class Ledger:
             saved_at, stored_at = newest.saved_at / 1e9, newest.stored_at / 1e9
             self._tell(RecoveryPoint(newest.id, newest.name, newest.size, saved_at, stored_at))
 
-    async def _rebuild(self, seen: _Seen, durable: Id | None) -> Manifest:
-        entries = await self._entries_from_objects()
+    async def _rebuild(self, seen: Seen, durable: Id | None) -> Manifest:
+        entries = await entries_from_objects(self._bucket, self._prefix, self._times.wall())
         made = seen.manifest or Manifest()
         made = replace(made, generation=max([made.generation, *(each.id.generation for each in entries)]))
         for entry in sorted(entries, key=lambda each: each.id):
@@ -163,24 +142,6 @@ class Ledger:
         if entries or seen.etag or durable:
             self._tell(Rebuilt(len(entries), seen.flaw))
         return made
-
-    async def _entries_from_objects(self) -> list[Entry]:
-        """Every object under the prefix that describes itself as a checkpoint of ours.
-
-        What lies below another manifest is another job's, whose prefix is inside this one.
-        """
-        entries, others = [], []
-        now = self._times.wall()
-        async for listed in self._bucket.list(self._prefix):
-            name = listed.key.removeprefix(self._prefix)
-            if name.endswith(f"/{MANIFEST_NAME}"):
-                others.append(name.removesuffix(MANIFEST_NAME))
-                continue
-            ref = await self._bucket.head(listed.key)
-            entry = described(ref, name, now) if ref is not None else None
-            if entry is not None:
-                entries.append(entry)
-        return [each for each in entries if not each.name.startswith(tuple(others))]
 
     # --- the swap ---
 
@@ -245,7 +206,7 @@ class Ledger:
     async def _look(self, token: str) -> bool:
         """What became of our swap: read back, bring our view up to date, and say whether it won."""
         try:
-            seen = await self._read()
+            seen = await read(self._bucket, self._prefix)
         except UnknownSchema as error:
             self._fence(f"a newer ckpt-sidecar: {error}")
         self._etag = seen.etag

@@ -1,9 +1,8 @@
-"""A bucket on S3, or on a store that speaks like it; the only module that imports boto3 and aioboto3.
+"""A bucket on S3, or on a store that speaks like it.
 
 Control calls are asyncio's (aioboto3), the bodies of parts go through threads (boto3): see `bodies.py`.
-What a refusal means stands in `answers.py`, what the store can do is found out by `probe.py`.
-
-Every request is sent once: botocore's own retries are off, for it cannot know what is safe to repeat.
+How the clients are set up stands in `clients.py`, what a refusal means in `answers.py`; what the store can do
+is found out by `probe.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,8 @@ import builtins
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
-from ckpt_sidecar import __version__
 from ckpt_sidecar.answers import Asked, bare, etag_of, scrubbed, translated, version_of
 from ckpt_sidecar.bodies import BodyThreads, Checks, Held, length_of
 from ckpt_sidecar.bucket import (
@@ -42,14 +39,12 @@ from ckpt_sidecar.bucket import (
     encode_crc64,
     join_crc64,
 )
+from ckpt_sidecar.clients import made, say_owner
 from ckpt_sidecar.events import Requested
 from ckpt_sidecar.probe import FULL_OBJECT, Manners, probe
 
 T = TypeVar("T")
 WORKERS = 4  # threads for bodies
-CONTROL_CONNECTIONS = 32
-CONNECT_TIMEOUT = 10  # seconds; also for each piece of a body
-READ_TIMEOUT = 60  # seconds without a byte of the answer; S3 sends blanks while it completes an upload
 SMALL_BYTES = MIB  # a larger body at hand goes through the threads, like those that are read
 PAGE = 1000  # what a page holds at most; moto loses parts with smaller ones
 
@@ -85,7 +80,7 @@ class S3Bucket:
         """
         async with AsyncExitStack() as stack:
             try:
-                client, control = await asyncio.to_thread(_clients, endpoint_url, workers)
+                client, control = await asyncio.to_thread(made, endpoint_url, workers)
                 control = await stack.enter_async_context(control)
             except ValueError as error:
                 raise Refused(f"the endpoint is no URL: {scrubbed(str(error))}") from error
@@ -93,7 +88,7 @@ class S3Bucket:
                 raise translated(error, Asked("open", name)) from error
             stack.callback(client.close)
             for each in (client, control) if owner else ():
-                each.meta.events.register("before-parameter-build.s3", partial(_say_owner, owner))
+                say_owner(each, owner)
             bodies = BodyThreads(client, workers=workers, buffer_bytes=part_bytes)
             stack.callback(bodies.close)
             yield cls(name, control=control, bodies=bodies, tell=tell)
@@ -362,52 +357,3 @@ def _whole_crc(parts: Sequence[Part]) -> str | None:
 def _listed(part: Part, *, checksum: bool) -> dict[str, Any]:
     kept = {"ChecksumCRC64NVME": part.crc64nvme} if checksum and part.crc64nvme else {}
     return {"PartNumber": part.number, "ETag": f'"{part.etag}"', **kept}
-
-
-def _say_owner(owner: str, params: dict[str, Any], **_rest: Any) -> None:
-    """Be called by botocore for every request."""
-    params["ExpectedBucketOwner"] = owner
-
-
-def _clients(endpoint_url: str | None, workers: int) -> tuple[Any, Any]:
-    """Make boto3's client, and aioboto3's as a context manager. Imports and credentials may take seconds."""
-    import aioboto3  # noqa: PLC0415 (0.8 s, which `--help` need not wait for)
-    import boto3  # noqa: PLC0415
-    from aiobotocore.config import AioConfig  # noqa: PLC0415
-    from botocore.config import Config  # noqa: PLC0415
-
-    common: dict[str, Any] = {
-        "retries": {"total_max_attempts": 1},
-        "connect_timeout": CONNECT_TIMEOUT,
-        "read_timeout": READ_TIMEOUT,
-        "tcp_keepalive": True,
-        "request_checksum_calculation": "when_required",  # we declare our own
-        "response_checksum_validation": "when_required",
-        "user_agent_extra": f"ckpt-sidecar/{__version__}",
-    }
-    bodies = Config(
-        max_pool_connections=workers,
-        s3={"payload_signing_enabled": False},  # no SHA-256 over the body, over plain http neither
-        **common,
-    )
-    control = AioConfig(
-        max_pool_connections=CONTROL_CONNECTIONS, http_session_cls=_verifying_session(), **common
-    )
-    client = boto3.Session().client("s3", endpoint_url=endpoint_url, config=bodies)
-    return client, aioboto3.Session().client("s3", endpoint_url=endpoint_url, config=control)
-
-
-def _verifying_session() -> Any:
-    """As aiobotocore's, which never looks for the host's name in a certificate, and by a proxy at none."""
-    from aiobotocore.httpsession import AIOHTTPSession  # noqa: PLC0415
-
-    class VerifyingSession(AIOHTTPSession):  # type: ignore[misc]
-        def _get_ssl_context(self) -> Any:
-            context = super()._get_ssl_context()
-            context.check_hostname = True
-            return context
-
-        def _setup_proxy_ssl_context(self, proxy_url: str) -> Any:
-            return super()._setup_proxy_ssl_context(proxy_url) or self._get_ssl_context()
-
-    return VerifyingSession

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from ckpt_sidecar import s3
+from ckpt_sidecar import clients, s3
 from ckpt_sidecar.bucket import (
     KIB,
     MIB,
@@ -606,7 +606,7 @@ async def test_without_credentials_all_is_denied(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("credentials")
 async def test_a_silent_store_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the timeout, for every verb; each request is sent once, and told once."""
-    monkeypatch.setattr(s3, "READ_TIMEOUT", 0.05)
+    monkeypatch.setattr(clients, "READ_TIMEOUT", 0.05)
     end = asyncio.Event()
     async with store(waiting(end, nothing)) as (bucket, serving):
         for verb, found in (await raised(bucket)).items():
@@ -864,7 +864,7 @@ async def test_an_object_that_does_not_come_whole_is_no_success() -> None:
 @pytest.mark.usefixtures("credentials")
 async def test_bytes_that_stop_coming_are_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the timeout, small objects and runs alike."""
-    monkeypatch.setattr(s3, "READ_TIMEOUT", 0.1)
+    monkeypatch.setattr(clients, "READ_TIMEOUT", 0.1)
     end = asyncio.Event()
     half = saying("200 OK", BYTES[:600], **CHECKED, Content_Length=1000)
 

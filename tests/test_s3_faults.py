@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ckpt_sidecar import s3, sidecar
+from ckpt_sidecar import clients, sidecar
 from ckpt_sidecar.bucket import (
     MIB,
     Abilities,
@@ -77,8 +77,8 @@ class Way:
 @asynccontextmanager
 async def way(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Way]:
     """Open it, with little patience for silence."""
-    monkeypatch.setattr(s3, "CONNECT_TIMEOUT", ANSWER_SECONDS)
-    monkeypatch.setattr(s3, "READ_TIMEOUT", ANSWER_SECONDS)
+    monkeypatch.setattr(clients, "CONNECT_TIMEOUT", ANSWER_SECONDS)
+    monkeypatch.setattr(clients, "READ_TIMEOUT", ANSWER_SECONDS)
     monkeypatch.setattr(sidecar, "PART_BYTES", PART)
     name = create_bucket(endpoint)
     with Proxy(endpoint) as proxy:
@@ -517,8 +517,8 @@ async def test_a_part_that_is_slow_but_alive_is_never_given_up(
     s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Timeouts are for silence: a part may take longer than any of them, up and down."""
-    monkeypatch.setattr(s3, "CONNECT_TIMEOUT", 8.0)
-    monkeypatch.setattr(s3, "READ_TIMEOUT", 8.0)
+    monkeypatch.setattr(clients, "CONNECT_TIMEOUT", 8.0)
+    monkeypatch.setattr(clients, "READ_TIMEOUT", 8.0)
     size = 36 * MIB
     body = LARGE * -(-size // len(LARGE))
     name = create_bucket(s3_endpoint)

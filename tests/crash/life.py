@@ -31,7 +31,7 @@ from typing import Any
 from aiohttp import web  # noqa: F401  (half a second to import, once for all lives)
 
 from ckpt_sidecar import bucket as bucket_module
-from ckpt_sidecar import daemon, landing, sidecar, spool
+from ckpt_sidecar import daemon, landing, outside, sidecar, spool
 from ckpt_sidecar.bucket import (
     MIN_PART_BYTES,
     Abilities,
@@ -278,12 +278,12 @@ def live(settings: Settings, log: str, calls: Connection, steps: Connection) -> 
         spool: {"Disk": (disk := stepping_disk(line))},
         landing: {"Disk": disk},
         sidecar: {"PART_BYTES": MIN_PART_BYTES},
-        daemon: {"Log": TellingLog, "random": no_rest},
+        outside: {"Log": TellingLog, "random": no_rest},
     }
     if not settings.endpoint_url:
         replacements[bucket_module] = {"MIB": 1, "MIN_PART_BYTES": 1}
         replacements[sidecar] = {"PART_BYTES": PART_BYTES}
-        replacements[daemon]["S3Bucket"] = SimpleNamespace(open=opened)
+        replacements[outside]["S3Bucket"] = SimpleNamespace(open=opened)
     for module, names in replacements.items():  # in this process, which has no other use
         for name, value in names.items():
             assert hasattr(module, name), f"{module.__name__} has no {name} any more"
