@@ -184,11 +184,11 @@ async def test_who_does_not_hear_that_the_drain_is_over_is_left_behind(
         life.steps.on("put", "x.pt", before=deaf)
         await life.save("x.pt")
         life.sidecar.stop.set()
-        async with asyncio.timeout(10):
-            end = await left
-        assert end == End(Exit.NOT_DURABLE, "not durable at the drain deadline: x.pt")
-        assert life.told.of(Drained) == [Drained(("x.pt",))]
+        await asyncio.wait([left], timeout=10)
         hears.set()
+        assert left.done()
+        assert left.result() == End(Exit.NOT_DURABLE, "not durable at the drain deadline: x.pt")
+        assert life.told.of(Drained)[0] == Drained(("x.pt",))
 
 
 # --- the power fails ------------------------------------------------------------------------------------

@@ -404,6 +404,7 @@ while not os.path.exists({str(watch.parent / "enough")!r}):
     assert {path.name for path in watch.iterdir()} == {".ckpt-sidecar", "0.pt", "1.pt", "2.pt"}
 
 
+@pytest.mark.long
 @pytest.mark.fault("E11")
 @ON_ONE
 def test_a_log_whose_reader_goes_away_stops_nothing(watch: Path, target: Target) -> None:
@@ -460,6 +461,7 @@ def test_a_trainer_that_ends_badly_has_its_exit_code_and_its_saves(
     assert target.holds("a.pt", b"weights")
 
 
+@pytest.mark.long
 @pytest.mark.fault("E13")
 @ON_ONE
 def test_a_trainer_that_does_not_want_to_stop_is_killed_after_a_bounded_wait(
@@ -518,11 +520,9 @@ def test_it_works_with_64_descriptors(watch: Path, target: Target) -> None:
         saves_and_ends(it, target, 5)
 
 
+@pytest.mark.long
 @pytest.mark.fault("E7")
-@pytest.mark.parametrize(
-    ("threads", "enough"),
-    [(13, True), *(pytest.param(n, False, marks=pytest.mark.long) for n in (1, 2, 6, 11))],
-)
+@pytest.mark.parametrize(("threads", "enough"), [(13, True), *((n, False) for n in (1, 2, 6, 11))])
 @ON_ONE
 def test_it_works_within_the_threads_that_it_says_at_the_start_that_it_needs(
     watch: Path, target: Target, threads: int, *, enough: bool
