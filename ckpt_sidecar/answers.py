@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from traceback import walk_tb
 from typing import Any
 
 from ckpt_sidecar.bucket import BucketError, Conflict, Corrupt, Denied, Missing, Refused, Unreachable
@@ -161,6 +162,8 @@ CLASSES: Mapping[str, Meaning] = {
 # Some of these are OSErrors as well, so only where it was made tells a store's silence from a disk's.
 LIBRARIES = frozenset({"aiobotocore", "aiohttp", "botocore", "urllib3"})
 
+CHAIN = frozenset({"aiobotocore.credentials", "botocore.credentials"})
+
 PERMISSIONS: Mapping[str, str] = {
     "put_object": "s3:PutObject",
     "create_multipart_upload": "s3:PutObject",
@@ -185,6 +188,14 @@ def bare(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
+def etag_of(answer: Mapping[str, Any], key: str) -> str:
+    """Return the etag that an answer shows; without one it says nothing about the object."""
+    etag = bare(answer.get("ETag") or "")
+    if not etag:
+        raise Unreachable(f"{key}: the store's answer has no etag", reason="server")
+    return etag
+
+
 def version_of(answer: Mapping[str, Any]) -> str | None:
     """Return the version that an answer names; None where the bucket is not versioned."""
     version = answer.get("VersionId")
@@ -199,7 +210,13 @@ def translated(error: Exception, asked: Asked) -> Exception:
     for kind in type(error).__mro__:
         if kind.__module__.partition(".")[0] in LIBRARIES and kind.__name__ in CLASSES:
             return _unanswered(error, CLASSES[kind.__name__], asked)
-    return error
+    return _unanswered(error, _CREDENTIALS, asked) if _of_the_chain(error) else error
+
+
+def _of_the_chain(error: Exception) -> bool:
+    """Was it raised where the AWS chain looks for credentials? It lets out whatever went wrong there."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    return any(frame.f_globals.get("__name__", "") in CHAIN for frame in frames)
 
 
 def _answered(response: Mapping[str, Any], asked: Asked) -> BucketError:

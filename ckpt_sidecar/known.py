@@ -96,13 +96,20 @@ class Known:
         with self._mutex:
             return {id_: self._files[name] for name, id_ in self._durable.items()}
 
+    def newest(self) -> Id | None:
+        """The newest that was ever durable, also when its file is gone."""
+        with self._mutex:
+            return max(self._durable.values(), default=None)
+
     def _drop(self, name: str) -> None:
         for table in (self._files, self._durable, self._settled):
             table.pop(name, None)
 
     def _forget_gone(self) -> None:
+        newest = self.newest()
         for name in [name for name in self._files if not os.path.lexists(self._root / name)]:
-            self._drop(name)
+            if newest is None or self._durable.get(name) != newest:
+                self._drop(name)
         self._limit = 2 * len(self._files) + SLACK
 
     def _tidy(self) -> None:

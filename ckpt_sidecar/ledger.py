@@ -133,6 +133,8 @@ class Ledger:
     async def load(self) -> Manifest:
         """Read the manifest, or make it anew from the objects where it is absent or mangled."""
         seen = await self._read()
+        if seen.manifest is None and seen.etag is not None:  # mangled: on its way, perhaps
+            seen = await self._read()
         self._etag = seen.etag
         self._see(seen.manifest or await self._rebuild(seen))
         return self.manifest
@@ -362,7 +364,7 @@ class Ledger:
             try:
                 await self._delete(each)
                 gone.append(each)
-            except (Denied, Refused) as error:
+            except (Conflict, Denied, Refused) as error:
                 refused = error
         if gone:
             await self.swap(lambda seen: deleted(seen, gone))
@@ -373,5 +375,9 @@ class Ledger:
     async def _delete(self, each: Expiring) -> None:
         try:
             await self._bucket.delete(each.key, when=Unchanged(each.etag), version_id=each.version_id)
-        except (Missing, Conflict):
-            return  # gone already, or a newer save stands there
+        except Missing:
+            return  # gone already
+        except Conflict:
+            there = await self._bucket.head(each.key)
+            if there is not None and there.etag == each.etag:
+                raise  # the store was busy with it

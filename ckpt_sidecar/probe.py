@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ckpt_sidecar.answers import bare, version_of
+from ckpt_sidecar.answers import bare, etag_of, version_of
 from ckpt_sidecar.bucket import (
     Abilities,
     Absent,
@@ -198,7 +198,7 @@ class _Visit:
             wrong = await self._tried("upload_part", **part, ChecksumCRC64NVME=_crc(b"wrong"))
             self.part_checked = wrong == "corrupt"
             checks = {"ChecksumCRC64NVME": _crc(PART)}
-        self.part_etag = (await self._do("upload_part", **part, **checks))["ETag"]
+        self.part_etag = etag_of(await self._do("upload_part", **part, **checks), self.key)
 
     async def _delete(self, **extra: Any) -> str:
         try:

@@ -1,7 +1,8 @@
 """The newest good checkpoint back into the watch dir.
 
 How it can go wrong, and what is done:
-- the object is missing, replaced by a stranger's, or its bytes do not agree: said, counted, the next one;
+- the object is missing, replaced by a stranger's, or its bytes do not agree, and once more do not: said,
+  counted, the next one;
 - a newer save of the same name stands at the key, completed but not committed: it is adopted;
 - the object changes under the download: If-Match fails, and the key is looked at anew;
 - the watch dir has it already: verified and kept; has a torn file of that name: set aside, never deleted;
@@ -140,13 +141,14 @@ class Restorer:
                 raise Refused("a symlink is in the way inside the watch dir")
             if await asyncio.to_thread(self._has, entry):
                 return Outcome("kept", entry, path=self._landing.root / entry.name)
-            for _ in range(FETCHES - 1):
-                with suppress(Conflict):  # replaced under the download: look again at what is there
-                    return await self._fetch(entry)
-            return await self._fetch(entry)
+            with suppress(Corrupt):  # on its way, perhaps: an older checkpoint costs more than a download
+                return await self._fetch_still(entry)
+            return await self._fetch_still(entry)
         except (Unreachable, Denied):
             raise
         except (BucketError, OSError) as error:
+            if isinstance(error, Missing) and error.reason == "bucket":
+                raise
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoRoom(
                     f"the checkpoint has {entry.size} bytes, and the disk is full: {error}"
@@ -168,6 +170,12 @@ class Restorer:
             self._known.restored(file, entry.id)
         return same
 
+    async def _fetch_still(self, entry: Entry) -> Outcome | None:
+        for _ in range(FETCHES - 1):
+            with suppress(Conflict):  # replaced under the download: look again at what is there
+                return await self._fetch(entry)
+        return await self._fetch(entry)
+
     async def _fetch(self, entry: Entry) -> Outcome | None:
         ref, found = await self._locate(entry)
         before = self._landing.look(entry.name)
@@ -176,7 +184,7 @@ class Restorer:
             with incoming.open() as file:
                 flaw = await asyncio.to_thread(self._flaw_of, file, found.name)
             if flaw is not None:
-                raise Corrupt(f"the object is no whole checkpoint: {flaw}")
+                raise Refused(f"the object is no whole checkpoint: {flaw}")
             path = await asyncio.to_thread(self._place, incoming, found, before)
         done = replace(found, objects=(ref,))
         adopted = done if found is not entry else None

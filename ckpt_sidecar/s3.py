@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ckpt_sidecar import __version__
-from ckpt_sidecar.answers import Asked, bare, scrubbed, translated, version_of
+from ckpt_sidecar.answers import Asked, bare, etag_of, scrubbed, translated, version_of
 from ckpt_sidecar.bodies import BodyThreads, Checks, Held, length_of
 from ckpt_sidecar.bucket import (
     MIB,
@@ -208,7 +208,7 @@ class S3Bucket:
             arguments={**_at(upload), "Bucket": self._name, "PartNumber": span.number},
         )
         answer, crc = await self._asked("upload_part", upload.key, sent)
-        return Part(span.number, span.size, bare(answer["ETag"]), encode_crc64(crc))
+        return Part(span.number, span.size, etag_of(answer, upload.key), encode_crc64(crc))
 
     async def list_parts(self, upload: Upload) -> builtins.list[Part]:
         """As `Bucket.list_parts`."""
@@ -237,8 +237,6 @@ class S3Bucket:
         if self.abilities.checksum and crc:
             arguments |= {"ChecksumType": "FULL_OBJECT", "ChecksumCRC64NVME": crc, "MpuObjectSize": size}
         answer = await self._call("complete_multipart_upload", **arguments)
-        if not answer.get("ETag"):
-            raise Unreachable(f"completing {upload.key} was answered with no etag: look", reason="server")
         ref = self._written(upload.key, size, crc, answer=answer, metadata=metadata)
         return ref if self.abilities.checksum else await self._confirmed(ref)
 
@@ -325,7 +323,7 @@ class S3Bucket:
         return ObjectRef(
             key,
             length_of(answer),
-            bare(answer["ETag"]),
+            etag_of(answer, key),
             answer.get("ChecksumCRC64NVME") if full else None,
             version_of(answer),
             {name.lower(): value for name, value in answer.get("Metadata", {}).items()},
@@ -339,7 +337,7 @@ class S3Bucket:
         if crc and shown and crc != shown:
             raise Corrupt(f"{key} was stored with the checksum {shown}, it should be {crc}")
         told = {name.lower(): value for name, value in metadata.items()}  # as it will be shown
-        return ObjectRef(key, size, bare(answer["ETag"]), crc or shown, version_of(answer), told)
+        return ObjectRef(key, size, etag_of(answer, key), crc or shown, version_of(answer), told)
 
 
 def _at(upload: Upload) -> dict[str, Any]:
@@ -382,6 +380,24 @@ def _clients(endpoint_url: str | None, workers: int) -> tuple[Any, Any]:
         s3={"payload_signing_enabled": False},  # no SHA-256 over the body, over plain http neither
         **common,
     )
-    control = AioConfig(max_pool_connections=CONTROL_CONNECTIONS, **common)
+    control = AioConfig(
+        max_pool_connections=CONTROL_CONNECTIONS, http_session_cls=_verifying_session(), **common
+    )
     client = boto3.Session().client("s3", endpoint_url=endpoint_url, config=bodies)
     return client, aioboto3.Session().client("s3", endpoint_url=endpoint_url, config=control)
+
+
+def _verifying_session() -> Any:
+    """As aiobotocore's, which never looks for the host's name in a certificate, and by a proxy at none."""
+    from aiobotocore.httpsession import AIOHTTPSession  # noqa: PLC0415
+
+    class VerifyingSession(AIOHTTPSession):  # type: ignore[misc]
+        def _get_ssl_context(self) -> Any:
+            context = super()._get_ssl_context()
+            context.check_hostname = True
+            return context
+
+        def _setup_proxy_ssl_context(self, proxy_url: str) -> Any:
+            return super()._setup_proxy_ssl_context(proxy_url) or self._get_ssl_context()
+
+    return VerifyingSession

@@ -311,6 +311,7 @@ async def test_a_run_beyond_the_end_is_corrupt(bucket: Bucket) -> None:
             await bucket.get_range(ref, span, BytesSink(6000))
 
 
+@pytest.mark.fault("F2")
 async def test_a_run_of_what_was_replaced_is_a_conflict(bucket: Bucket) -> None:
     """Never the bytes of another object."""
     old = await put(bucket, "x", b"old bytes")

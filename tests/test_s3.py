@@ -80,6 +80,7 @@ def opened(name: str, endpoint: str, tell: Callable[[Requested], None] = lambda 
     return S3Bucket.open(name, endpoint_url=endpoint, tell=tell, **more)
 
 
+@pytest.mark.fault("C19")
 async def test_the_probe_sees_what_a_server_honours(s3_endpoint: str) -> None:
     """As written down for each of them; before the probe nothing is relied upon."""
     async with opened(create_bucket(s3_endpoint), s3_endpoint) as bucket:
@@ -110,6 +111,7 @@ async def test_the_probe_leaves_nothing_behind(s3_endpoint: str, *, versioned: b
         assert (found.get("Versions", []), found.get("DeleteMarkers", [])) == ([], [])
 
 
+@pytest.mark.fault("C14")
 async def test_a_bucket_that_does_not_exist_is_missing_by_name(s3_endpoint: str) -> None:
     """With the name in the hint, for every verb that can tell; it is never an empty list."""
     async with opened("no-such-bucket-here", s3_endpoint) as bucket:
@@ -128,6 +130,7 @@ async def test_a_bucket_that_does_not_exist_is_missing_by_name(s3_endpoint: str)
             assert "there is no bucket 'no-such-bucket-here'" in caught.value.hint
 
 
+@pytest.mark.fault("C17")
 async def test_all_pages_are_read(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of objects, of uploads and of parts."""
     monkeypatch.setattr(s3, "PAGE", 2)
@@ -554,6 +557,7 @@ async def test_cancelling_a_part_that_waits_for_a_thread_sends_nothing() -> None
 # --- bad answers ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C2")
 @pytest.mark.usefixtures("credentials")
 async def test_where_nobody_listens_the_store_is_unreachable_at_once() -> None:
     """For every verb: nothing is missing, nothing is empty."""
@@ -598,6 +602,7 @@ async def test_without_credentials_all_is_denied(monkeypatch: pytest.MonkeyPatch
     assert serving.asked == []
 
 
+@pytest.mark.fault("C3")
 @pytest.mark.usefixtures("credentials")
 async def test_a_silent_store_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the timeout, for every verb; each request is sent once, and told once."""
@@ -612,6 +617,7 @@ async def test_a_silent_store_is_unreachable(monkeypatch: pytest.MonkeyPatch) ->
     assert {each.outcome for each in serving.told} == {"failed"}
 
 
+@pytest.mark.fault("C2")
 @pytest.mark.usefixtures("credentials")
 async def test_a_store_that_hangs_up_or_babbles_is_unreachable() -> None:
     """A connection that is closed or reset before the answer, and an answer that is no XML."""
@@ -630,6 +636,7 @@ async def test_a_store_that_hangs_up_or_babbles_is_unreachable() -> None:
             assert await kinds_of(serving, answers, ask) == dict.fromkeys(answers, "Unreachable")
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.usefixtures("credentials")
 async def test_a_throttling_store_says_how_long_to_wait() -> None:
     """`Retry-After` comes out with the error, for every verb."""
@@ -642,6 +649,7 @@ async def test_a_throttling_store_says_how_long_to_wait() -> None:
     assert {each.outcome for each in serving.told} == {"failed"}
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.usefixtures("credentials")
 async def test_a_page_of_a_proxy_is_one_line_of_an_error() -> None:
     """Not the whole page, and never a success."""
@@ -657,6 +665,7 @@ async def test_a_page_of_a_proxy_is_one_line_of_an_error() -> None:
 MADE = b"<CompleteMultipartUploadResult>%s</CompleteMultipartUploadResult>"
 
 
+@pytest.mark.fault("C6")
 @pytest.mark.usefixtures("credentials")
 async def test_a_complete_that_fails_after_its_200_did_not_happen_as_far_as_we_know() -> None:
     """An error in the body of a success, or no etag: look. Blanks before a success do not matter."""
@@ -681,6 +690,22 @@ async def test_a_complete_that_fails_after_its_200_did_not_happen_as_far_as_we_k
             "no etag": "Unreachable",
             "success behind blanks": "ok",
         }
+
+
+@pytest.mark.fault("C6")
+@pytest.mark.usefixtures("credentials")
+@pytest.mark.parametrize("etag", [{}, {"ETag": '""'}])
+async def test_an_answer_without_an_etag_says_nothing(etag: dict[str, Any]) -> None:
+    """A gateway's 200 for whatever it is asked: neither written nor there, nor a reason to die."""
+    async with store(saying("200 OK", **etag)) as (bucket, _):
+        asking = asking_all(bucket)
+        verbs = ["get", "head", "put", "put of a source", "put_part", "complete_multipart", "probe"]
+        for verb in verbs:
+            with pytest.raises(Unreachable, match="etag") as caught:
+                await asking.pop(verb)
+            assert caught.value.reason == "server", verb
+        for unasked in asking.values():
+            unasked.close()  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("credentials")
@@ -720,6 +745,7 @@ async def test_a_list_that_goes_in_circles_is_refused(marker: bytes) -> None:
     assert len(serving.asked) <= 2
 
 
+@pytest.mark.fault("C14")
 @pytest.mark.usefixtures("credentials")
 async def test_a_bucket_of_another_region_is_refused_with_that_region() -> None:
     """So that one need not look it up."""
@@ -739,6 +765,7 @@ MIDDLE = Span(1, 300, 400)
 PARTIAL = {"ETag": '"e"', "Content_Range": "bytes 300-699/1000"}
 
 
+@pytest.mark.fault("F3")
 @pytest.mark.usefixtures("credentials")
 async def test_a_run_is_found_in_whatever_the_store_answers() -> None:
     """The run, the whole object, or the run that calls itself whole (rclone)."""
@@ -771,6 +798,7 @@ async def kinds_of(
     return found
 
 
+@pytest.mark.fault("F3")
 @pytest.mark.usefixtures("credentials")
 async def test_a_run_that_does_not_come_whole_is_no_success() -> None:
     """Of another object, too short, cut in the middle."""
@@ -832,6 +860,7 @@ async def test_an_object_that_does_not_come_whole_is_no_success() -> None:
     assert [each.operation for each in serving.told] == ["get_object"] * len(answers)
 
 
+@pytest.mark.fault("C3", "F3")
 @pytest.mark.usefixtures("credentials")
 async def test_bytes_that_stop_coming_are_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the timeout, small objects and runs alike."""
@@ -888,6 +917,7 @@ class Changing(BytesSource):
         return count
 
 
+@pytest.mark.fault("C9")
 @pytest.mark.usefixtures("credentials")
 async def test_a_part_whose_bytes_change_while_it_is_sent_is_corrupt() -> None:
     """What would arrive is not what was promised."""

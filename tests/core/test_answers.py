@@ -52,6 +52,7 @@ def answered(
 # --- codes and statuses -------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C1", "C12", "C14", "C16")
 @pytest.mark.parametrize(
     ("code", "status", "kind", "reason", "hint"),
     [
@@ -173,6 +174,7 @@ def test_a_bucket_that_is_missing_is_that_whatever_was_asked(operation: str) -> 
     assert (type(error), error.reason) == (Missing, "bucket")
 
 
+@pytest.mark.fault("C12")
 @pytest.mark.parametrize("operation", sorted(set(LABELS["operation"]) - {"other"}))
 def test_a_denial_names_the_permission_that_it_takes(operation: str) -> None:
     """For every operation that there is."""
@@ -181,6 +183,7 @@ def test_a_denial_names_the_permission_that_it_takes(operation: str) -> None:
     assert "s3:" in error.hint
 
 
+@pytest.mark.fault("C14")
 @pytest.mark.parametrize(
     ("headers", "more"), [({"x-amz-bucket-region": "eu-north-1"}, {}), ({}, {"Region": "eu-north-1"})]
 )
@@ -192,6 +195,7 @@ def test_the_right_region_is_said_where_the_store_says_it(
     assert error.hint == "the bucket is in eu-north-1: set AWS_REGION=eu-north-1"
 
 
+@pytest.mark.fault("C13")
 def test_a_wrong_clock_is_told_with_both_times() -> None:
     """The store's, and ours."""
     error = answered(
@@ -203,6 +207,7 @@ def test_a_wrong_clock_is_told_with_both_times() -> None:
 DATE = "Tue, 24 Nov 2026 17:00:00 GMT"
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
@@ -274,12 +279,27 @@ def test_an_error_of_the_libraries_is_the_stores_silence(
     assert found.hint or reason in ("timeout", "server")
 
 
+@pytest.mark.fault("C20")
 def test_a_certificate_that_is_not_trusted_is_told_with_the_mend() -> None:
     """Waiting would not help."""
     error = botocore.SSLError(endpoint_url=URL, error="certificate verify failed: unable to get local issuer")
     found = translated(error, GET)
     assert isinstance(found, Refused)
     assert "AWS_CA_BUNDLE" in found.hint
+
+
+@pytest.mark.fault("C11")
+@pytest.mark.parametrize("error", [ValueError("Expecting value"), RuntimeError("still expired")])
+def test_whatever_the_chain_of_credentials_raises_is_no_bug_of_ours(error: Exception) -> None:
+    """A credential_process that prints nonsense, or what has expired: said, and asked again later."""
+    found: dict[str, Any] = {"__name__": "botocore.credentials"}
+    exec("def refresh(error): raise error", found)  # noqa: S102 (as if it stood in that module)
+    with pytest.raises(type(error)) as caught:
+        found["refresh"](error)
+    raised = translated(caught.value, Asked("put_object", "bucket", "x.pt"))
+    assert isinstance(raised, Denied)
+    assert raised.reason == "credentials"
+    assert str(error) in str(raised)
 
 
 @pytest.mark.parametrize(

@@ -386,6 +386,7 @@ async def test_who_never_became_ready_does_not_say_that_all_is_well(
 # --- the bucket at the start -------------------------------------------------------------------------
 
 
+@pytest.mark.fault("F7")
 async def test_a_bucket_that_comes_late_is_waited_for(tmp_path: Path, memory: MemoryBucket) -> None:
     """Not ready, with the reason, and never a fresh run; ready once it answers."""
     async with living(tmp_path / "z", memory) as life:
@@ -404,6 +405,7 @@ async def test_a_bucket_that_comes_late_is_waited_for(tmp_path: Path, memory: Me
         await life.stop()
 
 
+@pytest.mark.fault("C19")
 async def test_a_store_that_cannot_fence_is_refused_unless_a_person_says_so(
     tmp_path: Path, memory: MemoryBucket
 ) -> None:
@@ -422,6 +424,7 @@ async def test_a_store_that_cannot_fence_is_refused_unless_a_person_says_so(
         assert memory.body("job/x.pt") == b"weights"
 
 
+@pytest.mark.fault("F1")
 async def test_what_cannot_be_restored_keeps_the_trainer_away_and_nothing_else(
     tmp_path: Path, memory: MemoryBucket
 ) -> None:
@@ -628,3 +631,30 @@ async def test_a_child_is_not_started_where_nothing_could_be_restored(
         life.start(Child(["sh", "-c", 'touch "$0/started"', str(life.root)], grace=5.0))
         assert (await life.end()).code == Exit.NOTHING_RESTORED
         assert life.files() == {}
+
+
+@pytest.mark.fault("C14")
+async def test_a_bucket_that_was_emptied_is_no_fresh_run(tmp_path: Path, memory: MemoryBucket) -> None:
+    """Not ready, with the mend, however often it is restarted; ready once the objects are put back."""
+    async with living(tmp_path / "a", memory) as life:
+        await life.ready()
+        await life.save("x.pt", b"weights")
+        await life.stop()
+    (tmp_path / "a/x.pt").unlink()
+    before, memory.objects = memory.objects, {}
+    for _ in range(2):
+        async with living(tmp_path / "a", memory) as life:
+            life.start()
+            await life.told.until(life.not_ready)
+            (failed, *_) = life.told.of(Failed)
+            assert (failed.stage, failed.reason) == ("start", "bucket")
+            assert "knows 1-1 to be durable" in failed.error
+            assert "put the objects back" in failed.hint
+            await life.stop()
+            assert life.told.of(Ready) == []
+            assert memory.objects == {}
+    memory.objects = before
+    async with living(tmp_path / "a", memory) as life:
+        await life.ready()
+        assert life.files() == {"x.pt": b"weights"}
+        await life.stop()

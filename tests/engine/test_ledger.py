@@ -113,6 +113,26 @@ async def test_a_mangled_manifest_is_rebuilt_from_the_objects(bucket: MemoryBuck
     assert "not JSON" in rebuilt.error
 
 
+async def test_a_manifest_that_is_damaged_on_its_way_is_read_again(
+    bucket: MemoryBucket, steps: Steps, told: Told
+) -> None:
+    """To rebuild it would forget what was announced in it."""
+    ledger = await claimed(bucket)
+    await ledger.commit(await stored(bucket, 1, 1))
+    good = bucket.objects[LATEST]
+
+    async def damaged() -> None:
+        bucket.objects[LATEST] = replace(good, body=b"?" + good.body[1:])
+
+    async def mended() -> None:
+        bucket.objects[LATEST] = good
+
+    steps.on("get", LATEST, before=damaged, after=mended)
+    loaded = await ledger_of(steps, told).load()
+    assert [each.id for each in loaded.checkpoints] == [Id(1, 1)]
+    assert told.of(Rebuilt) == []
+
+
 async def test_a_lost_manifest_is_rebuilt_from_the_objects(bucket: MemoryBucket, told: Told) -> None:
     """A bucket whose latest.json was deleted is not taken for a fresh run."""
     await stored(bucket, 7, 1)
@@ -139,6 +159,7 @@ async def test_a_manifest_of_a_newer_sidecar_is_left_alone(bucket: MemoryBucket)
     assert bucket.body(LATEST) == b'{"schema": 2}'
 
 
+@pytest.mark.fault("F7")
 async def test_a_bucket_that_cannot_be_reached_is_not_empty(bucket: MemoryBucket, steps: Steps) -> None:
     """No answer is no manifest: nothing is claimed, nothing written."""
     steps.fail("get", Unreachable("no route"), times=9)
@@ -147,6 +168,7 @@ async def test_a_bucket_that_cannot_be_reached_is_not_empty(bucket: MemoryBucket
     assert bucket.objects == {}
 
 
+@pytest.mark.fault("C14")
 async def test_a_bucket_that_is_not_there_is_not_empty(steps: Steps) -> None:
     """A bucket that was deleted is no fresh run."""
     steps.fail("get", Missing("no such bucket", reason="bucket"))
@@ -242,6 +264,7 @@ async def test_a_commit_is_in_the_bucket_when_it_returns(bucket: MemoryBucket) -
     assert listed(bucket) == ["1-3 3.pt", "1-2 2.pt", "1-1 1.pt"]
 
 
+@pytest.mark.fault("C5")
 async def test_a_commit_whose_answer_is_lost_is_found_to_have_won(
     bucket: MemoryBucket, steps: Steps, told: Told
 ) -> None:
@@ -279,6 +302,7 @@ async def test_a_commit_that_cannot_be_looked_at_may_be_asked_for_again(
     assert ledger.manifest == manifest_in(bucket)
 
 
+@pytest.mark.fault("C5")
 async def test_a_write_that_arrives_late_costs_nothing(bucket: MemoryBucket, steps: Steps) -> None:
     """A swap that lands only after the look has not found it is met at the next try, and nobody is fenced."""
     ledger = await claimed(steps)
@@ -303,6 +327,7 @@ async def test_a_write_that_arrives_late_costs_nothing(bucket: MemoryBucket, ste
     assert listed(bucket) == ["1-1 1.pt"]
 
 
+@pytest.mark.fault("C8")
 async def test_a_foreign_writer_is_not_overwritten(bucket: MemoryBucket, steps: Steps) -> None:
     """Somebody added a field in between: the commit joins it."""
     ledger = await claimed(steps)
@@ -650,6 +675,23 @@ async def test_retention_leaves_a_newer_object_alone(*, able: bool) -> None:
     assert manifest_in(bucket).expiring == ()
 
 
+@pytest.mark.fault("C8")
+async def test_retention_of_a_key_that_the_store_is_busy_with_goes_on(
+    bucket: MemoryBucket, steps: Steps
+) -> None:
+    """S3 answers 409 then, although nobody has changed the object: it is deleted the next time."""
+    ledger = await claimed(steps)
+    await four(bucket, ledger)
+    steps.fail("delete", Conflict("busy"), "1.pt")
+    with pytest.raises(Conflict, match="busy"):
+        await ledger.expire(2, spare=never)
+    assert sorted(bucket.objects) == ["job/1.pt", "job/3.pt", "job/4.pt", LATEST]
+    await ledger.expire(2, spare=never)
+    assert sorted(bucket.objects) == ["job/3.pt", "job/4.pt", LATEST]
+    assert manifest_in(bucket).expiring == ()
+
+
+@pytest.mark.fault("C5")
 @pytest.mark.parametrize("lost", [True, False])
 async def test_retention_that_was_cut_goes_on(bucket: MemoryBucket, steps: Steps, *, lost: bool) -> None:
     """Between the swap and the delete, or the delete and its answer, comes an end: the next one goes on."""
@@ -693,6 +735,7 @@ async def test_a_fenced_sidecar_deletes_nothing(bucket: MemoryBucket) -> None:
     assert len(bucket.objects) == 5
 
 
+@pytest.mark.fault("C12")
 async def test_an_object_that_may_not_be_deleted_does_not_keep_the_others(
     bucket: MemoryBucket, steps: Steps
 ) -> None:

@@ -313,6 +313,7 @@ def test_a_supersede_that_failed_rests_and_keeps_its_name() -> None:
 # --- trouble -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C15")
 async def test_a_bucket_that_goes_and_comes_back_costs_nothing(line: Make) -> None:
     """Everything rests, is told, and becomes durable once the bucket answers again."""
     async with line() as it:
@@ -330,6 +331,7 @@ async def test_a_bucket_that_goes_and_comes_back_costs_nothing(line: Make) -> No
         assert it.pins == []
 
 
+@pytest.mark.fault("C12")
 async def test_one_key_that_is_denied_holds_up_no_other(line: Make) -> None:
     """An explicit deny on one key is named; the others become durable meanwhile."""
     async with line(workers=1) as it:
@@ -595,6 +597,7 @@ async def test_no_save_begins_while_its_old_object_is_deleted(line: Make) -> Non
         assert it.body("last.pt") == b"newest"
 
 
+@pytest.mark.fault("C12")
 async def test_retention_that_is_denied_is_said_and_holds_up_nothing(line: Make) -> None:
     """Without the permission to delete, checkpoints still become durable."""
     async with line(keep=Keep(remote=1)) as it:

@@ -152,6 +152,7 @@ async def test_an_empty_bucket_is_a_fresh_run(rig: Rig) -> None:
 # --- what is not good is passed over -----------------------------------------------------------------
 
 
+@pytest.mark.fault("F1")
 async def test_a_corrupt_object_is_passed_over(rig: Rig) -> None:
     """Bytes that do not agree with the checksum never get a name; the next checkpoint is taken."""
     await rig.commit(1)
@@ -162,6 +163,24 @@ async def test_a_corrupt_object_is_passed_over(rig: Rig) -> None:
     assert "1-2 the bytes of job/2.pt do not agree with their checksum" in rig.fell_back[0]
 
 
+@pytest.mark.fault("F1")
+async def test_bytes_that_are_damaged_on_their_way_are_fetched_again(rig: Rig) -> None:
+    """The object is good: nobody goes back to an older one for a bit that fell over in a switch."""
+    await rig.commit(1)
+    await rig.commit(2)
+    good = rig.memory.objects["job/2.pt"]
+
+    async def mended() -> None:
+        rig.memory.objects["job/2.pt"] = good
+
+    rig.damage("2.pt")
+    rig.bucket.on("get_range", "2.pt", after=mended)
+    assert (await rig.restore()).word == "restored"
+    assert rig.files() == {"2.pt": b"weights of 2"}
+    assert rig.fell_back == []
+
+
+@pytest.mark.fault("F1")
 async def test_a_missing_object_is_passed_over(rig: Rig) -> None:
     """Somebody deleted it: the next checkpoint is taken."""
     await rig.commit(1)
@@ -172,6 +191,7 @@ async def test_a_missing_object_is_passed_over(rig: Rig) -> None:
     assert rig.fell_back == ["1-2 the object job/2.pt is gone"]
 
 
+@pytest.mark.fault("F1")
 async def test_a_strangers_object_is_passed_over(rig: Rig) -> None:
     """Somebody put something else at the key: it is not taken for the checkpoint."""
     await rig.commit(1)
@@ -201,6 +221,7 @@ async def test_what_is_no_whole_checkpoint_is_passed_over(rig: Rig) -> None:
     assert "no whole checkpoint" in rig.fell_back[0]
 
 
+@pytest.mark.fault("F1")
 async def test_an_archived_object_is_passed_over(rig: Rig) -> None:
     """What the store will not hand out, however often it is asked, is said and passed over."""
     await rig.commit(1)
@@ -210,6 +231,7 @@ async def test_an_archived_object_is_passed_over(rig: Rig) -> None:
     assert rig.files() == {"1.pt": b"weights of 1"}
 
 
+@pytest.mark.fault("F1")
 async def test_when_none_is_good_it_is_said(rig: Rig) -> None:
     """A bucket that has checkpoints and gives none is no fresh run."""
     await rig.commit(1)
@@ -224,8 +246,16 @@ async def test_when_none_is_good_it_is_said(rig: Rig) -> None:
     assert rig.hidden("incoming") == []
 
 
+@pytest.mark.fault("F3", "F7")
 @pytest.mark.parametrize("verb", ["head", "get_range"])
-@pytest.mark.parametrize("error", [Unreachable("no route"), Denied("expired", reason="credentials")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unreachable("no route"),
+        Denied("expired", reason="credentials"),
+        Missing("there is no bucket", reason="bucket"),
+    ],
+)
 async def test_trouble_that_says_nothing_about_the_object_comes_out(
     rig: Rig, verb: str, error: Exception
 ) -> None:
@@ -278,6 +308,7 @@ async def test_a_copied_object_is_the_same_checkpoint(rig: Rig) -> None:
     assert outcome.entry.id == entry.id
 
 
+@pytest.mark.fault("F2")
 async def test_an_object_that_is_replaced_under_the_download_is_looked_at_anew(rig: Rig) -> None:
     """Two versions never mix: the download ends, and begins with what is there now."""
     await rig.commit(1, "last.pt", b"committed bytes")
@@ -293,6 +324,7 @@ async def test_an_object_that_is_replaced_under_the_download_is_looked_at_anew(r
     assert rig.hidden("incoming") == []
 
 
+@pytest.mark.fault("F2")
 async def test_an_object_that_never_stands_still_is_passed_over(rig: Rig) -> None:
     """Replaced under three downloads in a row: the next one is taken."""
     await rig.commit(1)
@@ -309,6 +341,7 @@ async def test_an_object_that_never_stands_still_is_passed_over(rig: Rig) -> Non
     assert len(rounds) == 3
 
 
+@pytest.mark.fault("F2")
 async def test_an_object_that_is_deleted_under_the_download_is_passed_over(rig: Rig) -> None:
     """Half a checkpoint is none."""
     await rig.commit(1)
@@ -319,6 +352,7 @@ async def test_an_object_that_is_deleted_under_the_download_is_passed_over(rig: 
     assert rig.hidden("incoming") == []
 
 
+@pytest.mark.fault("F2")
 async def test_the_version_that_was_committed_is_restored(tmp_path: Path) -> None:
     """In a versioned bucket a stranger's object on top, or a delete, does not hide our version."""
     rig = Rig(tmp_path / "watch", versioned=True)

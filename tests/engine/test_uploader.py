@@ -168,6 +168,7 @@ async def test_an_older_object_of_ours_is_replaced(rig: Rig) -> None:
 # --- going on after an end ---------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C17")
 @pytest.mark.parametrize("careless", [False, True])
 async def test_a_resumed_upload_sends_only_what_is_missing(rig: Rig, *, careless: bool) -> None:
     """Parts that the bucket has are not sent again, whether it keeps their checksums or not."""
@@ -191,6 +192,7 @@ async def test_a_resumed_upload_sends_only_what_is_missing(rig: Rig, *, careless
     assert rig.memory.uploads == {}
 
 
+@pytest.mark.fault("C17")
 async def test_parts_that_disagree_are_sent_again(rig: Rig) -> None:
     """A part with other bytes or of another size is not believed; nor is one that is too many."""
     rig.bucket.fail("complete", Unreachable("reset"))
@@ -207,6 +209,7 @@ async def test_parts_that_disagree_are_sent_again(rig: Rig) -> None:
     assert rig.sent == [PART, PART]
 
 
+@pytest.mark.fault("C5")
 async def test_an_upload_that_was_completed_is_not_sent_again(rig: Rig) -> None:
     """The answer to complete was lost, and then the look: the next time it is found stored."""
     rig.bucket.lose("complete")
@@ -222,6 +225,7 @@ async def test_an_upload_that_was_completed_is_not_sent_again(rig: Rig) -> None:
 # --- lost answers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C5")
 async def test_a_put_whose_answer_is_lost_is_found_stored(rig: Rig) -> None:
     """It is looked at, and not sent twice."""
     rig.bucket.lose("put", "x.pt")
@@ -239,6 +243,7 @@ async def test_a_put_that_never_arrived_comes_out(rig: Rig) -> None:
     assert rig.body() == b"weights"
 
 
+@pytest.mark.fault("C5")
 async def test_a_complete_whose_answer_is_lost_is_found_stored(rig: Rig) -> None:
     """The object at the key has our id and our bytes."""
     rig.bucket.lose("complete")
@@ -247,6 +252,7 @@ async def test_a_complete_whose_answer_is_lost_is_found_stored(rig: Rig) -> None
     assert rig.states == ["uploading", "stored"]
 
 
+@pytest.mark.fault("C18")
 async def test_what_is_found_stored_has_our_bytes(rig: Rig) -> None:
     """An object with our id and other bytes is no success: it is replaced."""
     checkpoint = rig.pin(content=b"weights")
@@ -255,6 +261,7 @@ async def test_what_is_found_stored_has_our_bytes(rig: Rig) -> None:
     assert rig.body() == b"weights"
 
 
+@pytest.mark.fault("C19")
 async def test_a_store_without_checksums_is_believed_what_it_has(rig: Rig) -> None:
     """Where the store keeps no checksum the id and the size must do; the checksum is that of the pin."""
     rig.memory.abilities = CARELESS
@@ -263,6 +270,7 @@ async def test_a_store_without_checksums_is_believed_what_it_has(rig: Rig) -> No
     assert ref_of(stored).crc64nvme == encode_crc64(crc64(b"weights"))
 
 
+@pytest.mark.fault("C5")
 async def test_a_create_whose_answer_is_lost_leaves_no_upload(rig: Rig) -> None:
     """The next try looks for what it may have left at this very key, and aborts it; others' stay."""
     neighbour = await rig.memory.create_multipart("job/x.pt.other", metadata={})
@@ -286,6 +294,7 @@ async def test_an_upload_that_nobody_wrote_down_is_aborted_after_a_restart(rig: 
     assert orphan not in [each.upload_id for each in manifest_in(rig.memory).uploads]
 
 
+@pytest.mark.fault("C12")
 async def test_who_may_not_list_uploads_still_uploads(rig: Rig) -> None:
     """A missing permission is named; the orphan, if there is one, is left to the bucket's lifecycle rule."""
     rig.uploader.doubt("x.pt")
@@ -317,6 +326,7 @@ async def test_a_disk_that_takes_no_journal_holds_up_no_upload(rig: Rig, code: i
 # --- what stands at the key --------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C18")
 @pytest.mark.parametrize("content", [b"weights", LARGE])
 async def test_a_smaller_id_at_the_key_is_replaced(rig: Rig, content: bytes) -> None:
     """An older save that was completed but not committed gives way."""
@@ -326,6 +336,7 @@ async def test_a_smaller_id_at_the_key_is_replaced(rig: Rig, content: bytes) -> 
     assert rig.told.of(Replacing) == []
 
 
+@pytest.mark.fault("C18")
 @pytest.mark.parametrize("content", [b"weights", LARGE])
 async def test_a_greater_id_at_the_key_is_never_replaced(rig: Rig, content: bytes) -> None:
     """A newer save of the name stands there: this one is superseded, and its upload aborted."""
@@ -336,6 +347,7 @@ async def test_a_greater_id_at_the_key_is_never_replaced(rig: Rig, content: byte
     assert nothing_under_way(rig)
 
 
+@pytest.mark.fault("C18")
 @pytest.mark.parametrize("content", [b"weights", LARGE])
 async def test_a_strangers_object_is_replaced_and_said(rig: Rig, content: bytes) -> None:
     """The prefix is this job's: what somebody put there gives way, with a warning."""
@@ -354,6 +366,7 @@ async def test_what_the_manifest_has_may_be_gone(rig: Rig, content: bytes) -> No
     assert rig.body() == content
 
 
+@pytest.mark.fault("C8")
 @pytest.mark.parametrize("verb", ["put", "complete"])
 async def test_a_key_that_changes_again_and_again_is_left(rig: Rig, verb: str) -> None:
     """Who is beaten five times in a row lets others go first: the conflict comes out."""
@@ -367,6 +380,7 @@ async def test_a_key_that_changes_again_and_again_is_left(rig: Rig, verb: str) -
 # --- uploads that are gone, parts that are not as they should be --------------------------------------
 
 
+@pytest.mark.fault("C7")
 @pytest.mark.parametrize("passing", [0, 1, 2])
 async def test_an_upload_that_vanishes_is_begun_anew(rig: Rig, passing: int) -> None:
     """Somebody aborted it in the middle: another one is begun, and nothing of the first stays."""
@@ -399,6 +413,7 @@ async def test_an_upload_that_vanishes_on_a_store_that_does_not_say_so_is_begun_
     assert rig.memory.uploads == {}
 
 
+@pytest.mark.fault("C7")
 async def test_an_upload_that_vanished_meanwhile_is_begun_anew(rig: Rig) -> None:
     """The lifecycle rule threw it away while we were gone."""
     rig.bucket.fail("part", Unreachable("reset"))
@@ -408,6 +423,7 @@ async def test_an_upload_that_vanished_meanwhile_is_begun_anew(rig: Rig) -> None
     assert rig.body() == LARGE
 
 
+@pytest.mark.fault("C10")
 async def test_parts_that_the_store_refuses_are_sent_anew_once(rig: Rig) -> None:
     """What looks like a bug of ours is begun anew, and reported when it comes again, not fought."""
     rig.bucket.fail("complete", Refused("InvalidPart"))
@@ -421,6 +437,7 @@ async def test_parts_that_the_store_refuses_are_sent_anew_once(rig: Rig) -> None
     assert rig.sent == sorted(PARTS * 2, reverse=True)
 
 
+@pytest.mark.fault("C9")
 async def test_bytes_damaged_on_their_way_are_sent_anew(rig: Rig) -> None:
     """The store saw other bytes than we sent: not stored, and said again."""
     rig.bucket.fail("complete", Corrupt("another checksum"))
@@ -431,6 +448,16 @@ async def test_bytes_damaged_on_their_way_are_sent_anew(rig: Rig) -> None:
     await rig.cut(small, Corrupt)
     await rig.upload(small)
     assert rig.body("small.pt") == b"weights"
+
+
+@pytest.mark.fault("C9")
+async def test_a_part_that_is_always_damaged_is_an_error_that_names_it(rig: Rig) -> None:
+    """It is no endless loop, completes nothing, and leaves no upload behind."""
+    rig.bucket.fail("part", Corrupt("upload_part job/x.pt, part 2: BadDigest"), passing=1, times=10**9)
+    with pytest.raises(Corrupt, match="part 2: BadDigest"):
+        await rig.upload(rig.pin())
+    assert "job/x.pt" not in rig.memory.objects
+    assert rig.memory.uploads == {}
 
 
 async def test_a_bucket_that_vanishes_comes_out(rig: Rig) -> None:

@@ -128,6 +128,7 @@ def test_a_prefix_that_cannot_be_is_refused(watch: Path, prefix: str) -> None:
 # --- the bucket ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("C14")
 def test_a_bucket_that_is_missing_may_come_later(watch: Path, target: Target) -> None:
     """Not ready until then, which is said with the bucket's name; what was saved meanwhile is kept."""
     missing = Target(target.endpoint, f"{target.bucket}-late")
@@ -230,6 +231,7 @@ def refusing(it: Refusal) -> Iterator[str]:
             thread.join()
 
 
+@pytest.mark.fault("C11", "C12", "C14")
 @pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
 def test_a_bucket_that_refuses_us_keeps_it_not_ready_and_is_named_with_the_mend(
     watch: Path, refusal: Refusal
@@ -357,6 +359,7 @@ def seeded(watch: Path, target: Target, *names: str) -> dict[str, bytes]:
     return {name: (watch / name).read_bytes() for name in names}
 
 
+@pytest.mark.fault("F7", "C15")
 @ON_ONE
 def test_an_endpoint_that_is_down_at_first_is_not_taken_for_an_empty_bucket(
     tmp_path: Path, watch: Path, target: Target
