@@ -73,11 +73,12 @@ class Manners:
 
 
 async def probe(ask: Ask, key: str) -> Manners:
-    """Probe the store at `key`: about 16 small requests, and one for each version that is to be removed.
+    """Probe the store at `key`: about 17 small requests, and one for each version that is to be removed.
 
     Two probes of one key at a time disturb each other. Raises what `ask` raises where no answer was foreseen.
     """
     visit = _Visit(ask, key)
+    await visit.arrive()
     try:
         put = await visit.puts()
         kept = await visit.keeps_a_put()
@@ -105,6 +106,14 @@ class _Visit:
     versions: list[str] = field(default_factory=list)
 
     # --- what is asked ---
+
+    async def arrive(self) -> None:
+        """Throw away the upload of a probe that was killed; where that is not allowed it stays."""
+        with suppress(BucketError):
+            found = await self.ask("list_multipart_uploads", Prefix=self.key)
+            for each in found.get("Uploads", ()):
+                if each["Key"] == self.key:
+                    await self.ask("abort_multipart_upload", Key=self.key, UploadId=each["UploadId"])
 
     async def puts(self) -> Manner:
         """See what conditions do on a put."""

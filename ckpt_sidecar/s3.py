@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -105,9 +105,6 @@ class S3Bucket:
 
     async def probe(self, key: str) -> Abilities:
         """As `Bucket.probe`; two at a time need two keys."""
-        with suppress(BucketError):  # we may not be allowed to; then the lifecycle rule must
-            for left in await self.list_uploads(key):  # by a probe that was killed
-                await self.abort_multipart(left)
         self._manners = await probe(self._call, key)
         return self.abilities
 
