@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ckpt_sidecar.checkpoint import File
 
@@ -119,6 +120,10 @@ class PinnedFile:
             got += n
         self.check()
         return got
+
+    def open(self) -> BinaryIO:
+        """The bytes as they are now, for a look at their format."""
+        return os.fdopen(os.dup(self._descriptor), "rb")
 
     def check(self) -> None:
         """Raise BytesChanged unless the inode is as it was when it was pinned."""
