@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
@@ -54,6 +54,34 @@ class Hint(NamedTuple):
     def key(self) -> Key:
         """What tells it from other files."""
         return self.caught.name, self.caught.inode
+
+
+class Once:
+    """What was said already; what a whole listing does not meet again is forgotten."""
+
+    def __init__(self) -> None:
+        self._met: dict[Hashable, int] = {}
+        self._listing = 0
+
+    def __contains__(self, thing: Hashable) -> bool:
+        self.meet(thing)
+        return thing in self._met
+
+    def meet(self, thing: Hashable) -> None:
+        """Remember it, if it is known, until the next listing."""
+        if thing in self._met:
+            self._met[thing] = self._listing
+
+    def first(self, thing: Hashable) -> bool:
+        """Note the thing; is it the first time?"""
+        known = thing in self
+        self._met[thing] = self._listing
+        return not known
+
+    def listed(self) -> None:
+        """A listing has ended, the next one begins."""
+        self._met = {thing: n for thing, n in self._met.items() if n == self._listing}
+        self._listing += 1
 
 
 class Inbox:

@@ -179,6 +179,10 @@ class PinnedFile:
         self.check()
         return got
 
+    def open(self) -> BinaryIO:
+        """The bytes as they are now, for a look at their format."""
+        return os.fdopen(os.dup(self._descriptor), "rb")
+
     @property
     def inode(self) -> tuple[int, int]:
         """Which file it is."""

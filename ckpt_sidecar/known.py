@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt_sidecar.checkpoint import File, Id
-from ckpt_sidecar.disk import Disk
+from ckpt_sidecar.disk import Disk, file_of
 
 NAME = "known.jsonl"
 SLACK = 1000  # so many names of files that are gone, or lines that say nothing new, may pile up
@@ -61,8 +61,11 @@ class Known:
         return self._files.get(file.name) == file
 
     def taken(self, file: File) -> None:
-        """The file is on its way."""
+        """The file is on its way; where another that is known stands at its name, that one stays known."""
         with self._mutex:
+            known = self._files.get(file.name, file)
+            if known != file and self._stands(known):
+                return
             self._files[file.name] = file
             self._durable.pop(file.name, None)
             self._settled.pop(file.name, None)
@@ -104,6 +107,12 @@ class Known:
         """The files in the watch dir that are durable, as far as we know them."""
         with self._mutex:
             return {id_: self._files[name] for name, id_ in self._durable.items()}
+
+    def _stands(self, file: File) -> bool:
+        try:
+            return file_of(file.name, (self._root / file.name).lstat()) == file
+        except OSError:
+            return False
 
     def _drop(self, name: str) -> None:
         for table in (self._files, self._durable, self._settled):

@@ -320,12 +320,18 @@ class Ledger:
         """
         await self.swap(lambda seen: forgotten(seen, {upload_id}))
 
-    async def met(self, id_: Id) -> None:
-        """Look who holds the prefix when a save of a generation after ours is met; FencedOff if another."""
-        if id_.generation > self.generation:
+    async def met(self, entry: Entry) -> None:
+        """A newer save than ours stands at a key: look whether its sidecar holds the prefix, else adopt it.
+
+        FencedOff if another does. One who was fenced has stored it too late to commit it.
+        """
+        if entry.id.generation > self.generation:
             async with self._lock:
                 await self._look(token="")
                 self._check_fence()
+        listed = self.manifest.entry_of(entry.name)
+        if listed is None or listed.id < entry.id:
+            await self.adopt(entry)
 
     async def commit(self, entry: Entry) -> None:
         """Enter the checkpoint: when this returns it is durable."""

@@ -27,6 +27,7 @@ from ckpt_sidecar.checkpoint import (
 )
 from ckpt_sidecar.disk import BytesChanged, mend_of
 from ckpt_sidecar.events import Deleted, Event, Failed, Moved, PinnedByDescriptor, Retrying
+from ckpt_sidecar.formats import flaw_of
 from ckpt_sidecar.landing import Landing
 from ckpt_sidecar.ledger import Ledger, Times
 from ckpt_sidecar.manifest import Entry
@@ -131,9 +132,24 @@ class Pipeline:
             if checkpoint.state == Uploading((None,)):  # killed before its id was written down
                 self._uploader.doubt(checkpoint.name)
                 checkpoint = replace(checkpoint, state=Pinned())  # noqa: PLW2901
+            elif isinstance(checkpoint.state, Pinned) and self._is_torn(checkpoint):
+                found.caught += filter(None, [self._spool.reconsider(checkpoint)])
+                continue
             self.moved(checkpoint)
         for caught in found.caught:
-            self._watcher.take_back(caught)
+            standing = self._landing.look(caught.name)
+            if standing is not None and self._spool.known.is_known(standing):
+                self._spool.let_go(caught)  # a newer save of its name has been taken
+            else:
+                self._watcher.take_back(caught)
+
+    def _is_torn(self, checkpoint: Checkpoint) -> bool:
+        """Was a pin rewritten in place that has lost its entry, which would tell?"""
+        try:
+            with self._spool.reading(checkpoint, checkpoint.files[0]) as pinned, pinned.open() as file:
+                return flaw_of(file, checkpoint.name) is not None
+        except OSError:  # the upload will say so
+            return False
 
     async def pin(self, batch: Sequence[Found]) -> None:
         """Make checkpoints of what was found, durably queued, in this order."""

@@ -198,7 +198,7 @@ class Sidecar:
         self._landing.clear()
         self._pipeline.recover()
         self._watcher.start()
-        await self._pipeline.pin(await self._watcher.first())
+        await self._pipeline.pin(await self._watcher.first(self.stop))
 
     async def _prepare(self) -> None:
         """Claim, deal with what predecessors left, restore; repeated until the bucket lets us."""

@@ -12,14 +12,14 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, printable, unreadable
+from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, Once, printable, unreadable
 from ckpt_sidecar.checkpoint import Caught, File
 from ckpt_sidecar.completion import Candidate, Evidence, Seen, Verdict, judge, merge
 from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
@@ -41,36 +41,11 @@ class Found:
 
 
 class _Sight(NamedTuple):
-    """What a look at the held bytes has shown. `stands`: the name still leads to them."""
+    """What a look at the held bytes has shown. `standing`: the inode to which the name leads now."""
 
     file: File
     look: Look
-    stands: bool
-
-
-class _Once:
-    """What was said already; what a whole listing does not meet again is forgotten."""
-
-    def __init__(self) -> None:
-        self._met: dict[Hashable, int] = {}
-        self._listing = 0
-
-    def __contains__(self, thing: Hashable) -> bool:
-        if thing not in self._met:
-            return False
-        self._met[thing] = self._listing
-        return True
-
-    def first(self, thing: Hashable) -> bool:
-        """Note the thing; is it the first time?"""
-        known = thing in self
-        self._met[thing] = self._listing
-        return not known
-
-    def listed(self) -> None:
-        """A listing has ended, the next one begins."""
-        self._met = {thing: n for thing, n in self._met.items() if n == self._listing}
-        self._listing += 1
+    standing: tuple[int, int] | None
 
 
 @dataclass(slots=True)
@@ -116,7 +91,7 @@ class Watcher:
         self._tree_inode: tuple[int, int] | None = None
         self._listing: _Listing | None = None
         self._next_listing = self._last_listing = clock()
-        self._torn, self._told, self._unreadable = _Once(), _Once(), _Once()
+        self._torn, self._told, self._unreadable, self._taken = Once(), Once(), Once(), Once()
         self._lost, self._wall = "", wall
         self._already = already
 
@@ -147,13 +122,19 @@ class Watcher:
         self._admit(Hint(caught, Candidate(Evidence.FOUND, -1, 0, since=now, due=now + after)))
         self._inbox.wake.set()
 
-    async def first(self) -> list[Found]:
-        """List the tree and return what is completed already, the oldest first."""
+    async def first(self, stop: asyncio.Event | None = None) -> list[Found]:
+        """List the tree and return what is completed already, the oldest first.
+
+        With a `stop`, what has yet to settle is waited for, until then.
+        """
         await asyncio.to_thread(self._inbox.take_over, self._already)
         found = await self._round()
         while self._listing is not None or self._due() <= self._clock():
             found += await self._round()
-        return sorted(found, key=lambda each: (each.file.mtime_ns, each.file.name))
+        if stop:
+            found += [each async for batch in self._settling(stop) for each in batch]
+        last = await self._last_of_each_name(found)
+        return sorted(last, key=lambda each: (each.file.mtime_ns, each.file.name))
 
     async def batches(self, stop: asyncio.Event) -> AsyncIterator[list[Found]]:
         """Yield what is completed, as it is; once `stop` is set, look a last time, and end."""
@@ -166,9 +147,14 @@ class Watcher:
         while self._inbox.asked == "stop" or self._listing is not None:
             if found := await self._round():
                 yield found
-        end = self._clock() + self._rules.settle  # by then all that was completed before has settled
-        while self._due_candidate() <= end:
-            await self._rest(None, self._due_candidate())
+        async for found in self._settling(asyncio.Event()):
+            yield found
+
+    async def _settling(self, stop: asyncio.Event) -> AsyncIterator[list[Found]]:
+        """Yield what was completed before now, as it settles."""
+        end = self._clock() + self._rules.settle
+        while not stop.is_set() and self._due_candidate() <= end:
+            await self._rest(stop, self._due_candidate())
             if found := await self._round():
                 yield found
 
@@ -288,6 +274,7 @@ class Watcher:
             self._torn.listed()
             self._told.listed()
             self._unreadable.listed()
+            self._taken.listed()
             if listing.reason == "rewatch":
                 self._lost = ""
             took = now - listing.began
@@ -299,6 +286,7 @@ class Watcher:
         n = 0
         for n, seen in enumerate(islice(listing.seen, _CHUNK), 1):  # noqa: B007
             listing.files += not seen.link
+            self._taken.meet((seen.name, seen.inode))
             if (seen.name, seen.inode, seen.size, seen.mtime_ns) in self._torn:
                 continue
             new = self._inbox.take_in(seen, Evidence.FOUND)
@@ -323,6 +311,7 @@ class Watcher:
             verdict = self._decide(hint, sight)
             if verdict is Verdict.TAKE and isinstance(sight, _Sight):
                 found.append(Found(hint.caught, sight.file))
+                self._taken.first((hint.caught.name, hint.caught.inode))
             elif verdict is Verdict.TORN:
                 dropped.append(hint.caught)
             if verdict is not Verdict.WAIT:
@@ -330,7 +319,15 @@ class Watcher:
                 self._inbox.judged(hint.key)
         if dropped:
             await asyncio.to_thread(self._inbox.let_go, dropped)
-        return found
+        return await self._last_of_each_name(found)
+
+    async def _last_of_each_name(self, found: list[Found]) -> list[Found]:
+        """Drop what was replaced by a later save of its name, whatever the clock says of the two."""
+        last = {each.file.name: each for each in found}
+        replaced = [each.caught for each in found if last[each.file.name] is not each]
+        if replaced:
+            await asyncio.to_thread(self._inbox.let_go, replaced)
+        return [each for each in found if last[each.file.name] is each]
 
     def _due_hints(self) -> list[Hint]:
         """What is to be looked at, in the order in which it was completed.
@@ -369,8 +366,7 @@ class Watcher:
             return error
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             look = Look("is being written")
-        stands = inode_of(self._root / name) == caught.inode
-        return _Sight(File(name, after.st_size, after.st_mtime_ns), look, stands)
+        return _Sight(File(name, after.st_size, after.st_mtime_ns), look, inode_of(self._root / name))
 
     def _decide(self, hint: Hint, sight: _Sight | OSError) -> Verdict:
         """Return the verdict; TORN is for everything that is let go, and tells why where nobody knows yet."""
@@ -382,8 +378,10 @@ class Watcher:
             self._receive(unreadable(name, sight))
             return Verdict.TORN
         file = sight.file
+        stands = sight.standing == hint.caught.inode
         version = (name, hint.caught.inode, file.size, file.mtime_ns)
-        if self._known(file) or version in self._torn:
+        overtaken = not stands and (name, sight.standing) in self._taken  # by a newer save of its name
+        if overtaken or self._known(file) or version in self._torn:
             return Verdict.TORN
         verdict, candidate = judge(
             hint.candidate,
@@ -394,6 +392,6 @@ class Watcher:
             rules=self._rules,
         )
         self._held[hint.key] = hint._replace(candidate=candidate)
-        if verdict is Verdict.TORN and sight.stands and self._torn.first(version):
+        if verdict is Verdict.TORN and stands and self._torn.first(version):
             self._tell(Torn(printable(name), sight.look.flaw or ""))
         return verdict

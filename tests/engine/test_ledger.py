@@ -455,11 +455,20 @@ async def test_a_save_of_a_later_generation_is_a_reason_to_look(bucket: MemoryBu
     """Whoever meets one asks who holds the prefix; one of its own generation or an earlier one is none."""
     ledger = await claimed(bucket, told)
     await claimed(bucket, spool="spool-b")
-    await ledger.met(Id(1, 99))
-    assert told.of(Fenced) == []
     with pytest.raises(FencedOff):
-        await ledger.met(Id(2, 1))
+        await ledger.met(entry(2, 1))
     assert len(told.of(Fenced)) == 1
+
+
+async def test_a_save_that_was_stored_too_late_to_be_committed_is_adopted(
+    bucket: MemoryBucket, told: Told
+) -> None:
+    """Its sidecar was fenced before: what it supersedes would be lost with it, were it not listed."""
+    ledger = await claimed(bucket, told)
+    await ledger.met(entry(1, 9))
+    await ledger.met(entry(1, 9))
+    assert told.of(Adopted) == [Adopted(Id(1, 9), "9.pt")]
+    assert [each.id for each in manifest_in(bucket).checkpoints] == [Id(1, 9)]
 
 
 @pytest.mark.fault("D6")

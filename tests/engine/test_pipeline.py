@@ -499,6 +499,21 @@ async def test_a_restart_goes_on_with_what_was_on_its_way(line: Make) -> None:
         after.spool.close()
 
 
+async def test_a_pin_that_was_rewritten_and_has_lost_its_entry_is_judged_anew(line: Make) -> None:
+    """Killed between pin and entry, or between the end of either: half a file is no checkpoint."""
+    async with line() as it:
+        await it.save("x.pt")
+        (it.spool.home / "pins" / "1-1.json").unlink()
+        (it.root / "x.pt").write_bytes(b"")  # the next save in place has just begun
+        after = await restarted(it)
+        assert len(after.pipeline.book) == 0
+        assert after.pins == []
+        assert [path.name for path in (it.spool.home / "caught").rglob("*.pt")] == ["x.pt"]
+        await after.drain()
+        assert it.memory.objects.keys() == {LATEST}
+        after.spool.close()
+
+
 async def test_a_restart_between_commit_and_release_commits_nothing_twice(line: Make) -> None:
     """The entry is there, the pin still is: the pin goes, and the file is known as durable."""
     async with line() as it:

@@ -309,6 +309,24 @@ async def test_each_new_version_of_a_name_arrives(tmp_path: Path) -> None:
         assert len(this.known) == 5
 
 
+@pytest.mark.parametrize("newer", ["judged before", "found with it"])
+async def test_a_save_that_was_replaced_does_not_come_after_the_one_in_its_place(
+    tmp_path: Path, newer: str
+) -> None:
+    """The older one is held, and has yet to settle: numbered then it would pass for the newest."""
+    (tmp_path / "last.pt").write_bytes(archive(1, size=10))
+    to_come = time.time() + 3600  # by this clock it is the newer one
+    os.utime(tmp_path / "last.pt", (to_come, to_come))
+    async with rig(tmp_path, rules=Rules(settle=0.5, patience=60.0)) as this:
+        place(tmp_path / "last.pt", archive(2, size=20))
+        if newer == "found with it":
+            time.sleep(0.6)
+        assert await this.until("last.pt") == ["last.pt"]
+        assert await this.rest() == []
+        assert {each.size for each in this.known} == {(tmp_path / "last.pt").stat().st_size}
+        assert this.holds.names() == ["last.pt"]
+
+
 async def test_what_comes_together_keeps_its_order(tmp_path: Path) -> None:
     async with rig(tmp_path, rules=SLOW) as this:
         names = [f"{n}.pt" for n in (3, 1, 2, 9, 4)]
