@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,12 @@ def read_entry(path: Path, bare: Checkpoint) -> tuple[Checkpoint, str | None]:
     if (read.id, read.name) != (bare.id, bare.name):
         return bare, "names another checkpoint than its pin; the pin is taken up from the start"
     return read, None
+
+
+def pin_dirs(pins: Path) -> list[tuple[Id, Path]]:
+    """Return each pin's directory and the id that is its name, the oldest first."""
+    found = []
+    for path in pins.iterdir():
+        with suppress(ValueError):
+            found.append((Id.parse(path.name), path))
+    return sorted(found)

@@ -45,7 +45,7 @@ from ckpt_sidecar.manifest import (
     expired,
     forgotten,
 )
-from ckpt_sidecar.names import MANIFEST_NAME
+from ckpt_sidecar.names import HOME, MANIFEST_NAME
 from ckpt_sidecar.policy import retry_delay
 from ckpt_sidecar.reading import Seen, entries_from_objects, read
 
@@ -113,7 +113,8 @@ class Ledger:
     async def load(self, *, durable: Id | None = None) -> Manifest:
         """Read the manifest; make it anew from the objects where it is absent, mangled or an older copy.
 
-        An older copy has nothing as new as `durable`, which the caller knows to have been committed.
+        An older copy has nothing as new as `durable`, which the caller knows to have been committed. Refused
+        when there is nothing at all then: that is no fresh run, but a loss.
         """
         seen = await read(self._bucket, self._prefix)
         if seen.manifest is None and seen.etag is not None:  # mangled: on its way, perhaps
@@ -123,6 +124,13 @@ class Ledger:
             seen = replace(seen, flaw=f"it is an older copy, from before {durable} was committed")
         self._etag = seen.etag
         self._see(seen.manifest if seen.manifest and not seen.flaw else await self._rebuild(seen, durable))
+        if durable and self.manifest.newest is None:
+            raise Refused(
+                f"no checkpoint is there, and yet this spool knows {durable} to be durable: the bucket was "
+                "emptied or made anew, or it is another one",
+                hint=f"put the objects back, or correct bucket and prefix; to begin anew, remove {HOME}",
+                reason="bucket",
+            )
         return self.manifest
 
     def _see(self, manifest: Manifest) -> None:

@@ -237,7 +237,6 @@ class Sidecar:
                 "this store has no conditional writes, so two sidecars at once could not notice each other",
                 hint="use a store that has them, or say --allow-unfenced",
             )
-        await self._check_not_emptied()
         generation = await self._ledger.claim(
             self._holder,
             claimed_in=self._claimed_in,
@@ -246,17 +245,6 @@ class Sidecar:
             take_over=settings.take_over,
         )
         await asyncio.to_thread(self._spool.claimed, generation=generation, attempt=self._holder.attempt)
-
-    async def _check_not_emptied(self) -> None:
-        """A bucket without any of what we have seen there is no fresh run, but a loss."""
-        seen = self._spool.known.newest
-        if seen is not None and (await self._ledger.load()).newest is None:
-            raise Refused(
-                f"no checkpoint is there, and yet this spool knows {seen} to be durable: the bucket was "
-                "emptied or made anew, or it is another one",
-                hint=f"put the objects back, or correct bucket and prefix; to begin anew, remove {HOME}",
-                reason="bucket",
-            )
 
     async def _restore(self) -> None:
         states = [each.state for each in self._pipeline.book]

@@ -40,7 +40,16 @@ from ckpt_sidecar.disk import (
     mend_of,
     nameless_bytes,
 )
-from ckpt_sidecar.journal import Record, Recovered, dump_entry, load_record, pid_of, read_entry, read_json
+from ckpt_sidecar.journal import (
+    Record,
+    Recovered,
+    dump_entry,
+    load_record,
+    pid_of,
+    pin_dirs,
+    read_entry,
+    read_json,
+)
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
 
@@ -136,7 +145,7 @@ class Spool:
         except (ValueError, TypeError) as error:
             complaints.append(f"spool.json cannot be read, a new one is made: {error}")
             self.record = Record(spool=new_id)
-        ids = [*durable, *(id_ for id_, _ in self._pin_dirs())]
+        ids = [*durable, *(id_ for id_, _ in pin_dirs(self._pins))]
         generation = max([self.record.generation, *(each.generation for each in ids)])
         self._sequence = max([self.record.counter, *(each.sequence % OWN for each in ids)])
         self._save(generation=generation, counter=self._sequence + RESERVE)
@@ -353,17 +362,10 @@ class Spool:
         finally:
             pinned.close()
 
-    def _pin_dirs(self) -> list[tuple[Id, Path]]:
-        found = []
-        for path in self._pins.iterdir():
-            with suppress(ValueError):
-                found.append((Id.parse(path.name), path))
-        return sorted(found)
-
     def recover(self) -> Recovered:
         """Read back what a predecessor left: pins with their journal, catches without a verdict."""
         found = Recovered()
-        for id_, path in self._pin_dirs():
+        for id_, path in pin_dirs(self._pins):
             files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
             if not files:  # its bytes were removed; what is said of them is in the entry
                 self.disk.remove_tree(path)

@@ -164,20 +164,6 @@ async def test_an_older_copy_that_no_object_contradicts_is_taken(tmp_path: Path)
 
 
 @pytest.mark.fault("D6")
-async def test_a_prefix_that_was_emptied_is_no_fresh_run_for_who_has_committed_there(tmp_path: Path) -> None:
-    """Nothing can be rebuilt, and that is said; the ids go on above all that were given."""
-    memory = MemoryBucket()
-    await lived(tmp_path / "a", memory, "1.pt")
-    memory.objects.clear()
-    async with living(tmp_path / "a", memory) as life:
-        await life.ready()
-        assert life.told.of(Rebuilt) == [Rebuilt(0, "it is not there")]
-        await life.save("2.pt", at=2)
-        await life.stop()
-        assert history(memory) == ["2 2.pt"]
-
-
-@pytest.mark.fault("D6")
 async def test_a_newer_schema_is_left_alone_until_a_person_has_looked(tmp_path: Path) -> None:
     """At the start: not ready, with the reason. In the middle: fenced, and visibly so."""
     memory = MemoryBucket()
