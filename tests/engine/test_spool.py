@@ -685,6 +685,19 @@ def test_a_symlink_in_place_of_the_spool_is_refused(root: Path, tmp_path: Path) 
 
 
 @pytest.mark.fault("G6")
+@pytest.mark.parametrize("place", ["pins", "caught", "pins/1-1", "caught/1-2-3", "spool.json"])
+def test_a_symlink_in_the_spool_is_refused(root: Path, tmp_path: Path, place: str) -> None:
+    """Somebody has put it there while the spool stood open: what it leads to is neither sent nor removed."""
+    (tmp_path / "outside").mkdir()
+    link = root / ".ckpt-sidecar" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "outside")
+    with pytest.raises(SpoolError, match=f"{place} belongs to another user"):
+        Spool(root).open(new_id="spool-a")
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+@pytest.mark.fault("G6")
 def test_the_spool_is_for_us_alone(spool: Spool) -> None:
     """Nobody else can put an entry there, or read a checkpoint that its owner keeps to himself."""
     assert spool.home.stat().st_mode & 0o777 == 0o700

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from ckpt_sidecar.bodies import Held
-from ckpt_sidecar.bucket import Absent, BucketError, ObjectRef, Span, Unchanged, Upload
+from ckpt_sidecar.bucket import Absent, BucketError, Denied, ObjectRef, Span, Unchanged, Upload
 from ckpt_sidecar.s3 import S3Bucket
 from tests.conftest import ON_ONE
 from tests.fakes import BytesSink
@@ -272,6 +272,28 @@ def durable(it: Daemon, target: Target, name: str, body: bytes) -> None:
 OWNER = "123456789012"
 
 
+@pytest.mark.fault("G7")
+@pytest.mark.parametrize("owner", [OWNER, ""])
+async def test_both_clients_name_the_owner_that_the_bucket_must_have(
+    monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    """The control calls' and the bodies'; neither where none was given."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    named: dict[str, str] = {}
+
+    def meddle(asked: Request) -> Answer:
+        named[asked.method] = asked.headers.get("x-amz-expected-bucket-owner", "")
+        return refusal(403, "AccessDenied", "Access Denied")
+
+    with meddling(NOWHERE, meddle) as endpoint:
+        async with S3Bucket.open("bucket", endpoint_url=endpoint, owner=owner, tell=lambda _: None) as bucket:
+            for asked in (bucket.head("x"), bucket.put_part(Upload("x", "1"), Span(1, 0, 1), Held(b"x"))):
+                with pytest.raises(Denied):
+                    await asked
+    assert named == {"HEAD": owner, "PUT": owner}
+
+
 @pytest.mark.long
 @ON_ONE
 @pytest.mark.fault("G7")
@@ -365,7 +387,12 @@ def test_a_checkpoint_that_would_run_code_is_only_bytes(tmp_path: Path, watch: P
 # --- what it must not tell -----------------------------------------------------------------------------
 
 KEY, SECRET, TOKEN = "AKIAHIDDENHIDDEN", "hidden/secret+key", "hiddenToken//with=padding"
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": TOKEN}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET,
+    "AWS_SESSION_TOKEN": TOKEN,
+    "AWS_REGION": "us-east-1",
+}
 
 
 def telling_all() -> Meddle:
