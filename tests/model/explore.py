@@ -32,7 +32,7 @@ from tests.model.store import (
     in_vain,
 )
 
-KEPT_ALIVE = 400  # lives that are not taken down yet, for what they observe next
+KEPT_ALIVE = 200  # lives that are not taken down yet, for what they observe next
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +221,7 @@ class Late(NamedTuple):
     """A request that nobody waits for any more, and that may still land."""
 
     side: str
+    life: int
     request: Write
 
 
@@ -327,6 +328,7 @@ class Explorer:
     # --- what may happen next ---
 
     def _steps(self, state: State) -> Iterator[tuple[str, State]]:
+        """What may happen next, and the state after it. A part that is sent lands before anything else."""
         sides = [(side, self.lives.places[place].view) for side, place in enumerate(state.places)]
         sending = [
             (side, view) for side, view in sides if any(isinstance(each, PutPart) for each in view.asked)
@@ -352,7 +354,8 @@ class Explorer:
 
     def _pending(self, state: State, side: int, requests: Iterable[Request]) -> State:
         """The state in which those requests may still land, but for those that would change nothing."""
-        late = [self._late.of(Late(SIDES[side], each)) for each in requests if isinstance(each, Write)]
+        life = self._views(state)[side].life
+        late = [self._late.of(Late(SIDES[side], life, each)) for each in requests if isinstance(each, Write)]
         return self._without_vain(state._replace(late=(*state.late, *late)))
 
     def _without_vain(self, state: State) -> State:
@@ -434,6 +437,10 @@ class Explorer:
         views = self._views(state)
         promises.whole(store, views)
         promises.nothing_is_let_go(views, store)
+        for late in (self._late.values[each] for each in state.late):
+            view = views[SIDES.index(late.side)]
+            rests = view.up and not view.asked and view.life == late.life
+            assert not (rests and late.request.key == promises.LATEST), "it may meet an old write token again"
         for view in views:
             promises.fenced_rightly(view, store)
             promises.restored_enough(view, store, views)
