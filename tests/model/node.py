@@ -321,6 +321,7 @@ class Node:
         self.was_hurt = False
         self.writing: dict[str, Writing] = {}
         self.written: set[int] = set()  # inodes that the trainer itself has written
+        self.rotated: set[int] = set()  # inodes that had another name before
         root.mkdir()
         Node.at[root] = self
 
@@ -382,6 +383,8 @@ class Node:
         content = archive(n, size)
         path = self.root / name
         path.parent.mkdir(exist_ok=True)
+        if path.exists() and path.stat().st_ino in self.rotated:
+            path.unlink()  # a pin under the old name would get the new one's bytes
         new = not path.exists()
         file = path.open("wb", buffering=0)
         half = len(content) // 2
@@ -428,6 +431,7 @@ class Node:
         path.parent.mkdir(exist_ok=True)
         content = (self.root / name).read_bytes()
         (self.root / name).rename(path)
+        self.rotated.add(path.stat().st_ino)
         if (name, content) in self.saves.order:
             self.saves.completed(to, content, next(self.world.numbers), self.name)
         self._give_up(to)

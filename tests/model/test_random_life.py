@@ -468,11 +468,11 @@ class RandomLife(RuleBasedStateMachine):
         self.stop(node)
         assert life.end is not None and life.end.code == Exit.DURABLE, life.end
         for name, content in sorted(wanted):
-            self.check_durable(name, content, standing=(name, content) in standing)
+            self.check_durable(node, name, content, standing=(name, content) in standing)
         assert list(node.held()) == []
         assert list((node.root / HOME / "incoming").iterdir()) == []
 
-    def check_durable(self, name: str, content: bytes, *, standing: bool) -> None:
+    def check_durable(self, node: Node, name: str, content: bytes, *, standing: bool) -> None:
         """It is listed, or a newer save of that name is; or retention has no room for it."""
         order, by = self.judge.saves.order, self.judge.saves.by
         seen = self.judge.manifest
@@ -480,7 +480,8 @@ class RandomLife(RuleBasedStateMachine):
         if entry is not None:
             body = self.judge.memory.body(PREFIX + name)
             later = not standing and order[name, body] > order[name, content]
-            newer = later or by[name, body] != by[name, content]  # only the ids order what two trainers save
+            two = {by[name, body], by[name, content]} != {node.name}  # only ids order what two trainers save
+            newer = later or two
             assert body == content or newer, f"{name} is not durable: {short(content)}, but {short(body)}"
         else:
             keep = self.choices["keep_remote"]
