@@ -379,18 +379,20 @@ async def hurt(way: Way, root: Path, requests: Sequence[Asked], *faults: Fault, 
 def meeting(name: str, *, checked: bool) -> list[Asked]:
     """Return the requests that can meet it, on a store where checksums are `checked`, or not.
 
-    Where they are not, nobody can tell that a manifest was damaged on its way, if it still is one.
+    Where they are not, nobody can tell that a manifest was damaged on its way, if it still is one; nor an
+    object that only a rebuilt manifest lists, which knows no checksum of it.
     One that is denied when it clears up after a killed predecessor is not repeated: there a role may never
     be allowed to, and the bucket's lifecycle rule clears up (test_who_may_not_list_uploads_still_uploads).
     """
     only = HURTS[name].only
     requests = [asked for asked in undisturbed()[1] if not only or asked.operation in only]
     clears_up = {"ListMultipartUploads", "AbortMultipartUpload"} if name == "denied" else ()
-    blind = ("latest.json",) if "damaged" in name and not checked else ()
+    blind = "damaged" in name and not checked
     return [
         each
         for each in requests
-        if not (each.operation in clears_up and each.name == "doubt.pt") and each.name not in blind
+        if not (each.operation in clears_up and each.name == "doubt.pt")
+        and not (blind and (each.name == "latest.json" or each.job is Rebuilds))
     ]
 
 
