@@ -45,10 +45,11 @@ class Catcher(Protocol):
 
 
 class Hint(NamedTuple):
-    """A file that is held from now on, and what is known of it."""
+    """A file that is held from now on, and what is known of it. `whole`: it looked so."""
 
     caught: Caught
     candidate: Candidate
+    whole: bool = False
 
     @property
     def key(self) -> Key:

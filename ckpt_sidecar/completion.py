@@ -63,6 +63,13 @@ def noticed(
     return Candidate(evidence, size, mtime_ns, now - rested, due)
 
 
+def completed_at(candidate: Candidate, *, now: float, wall: float) -> tuple[float, int]:
+    """Return by what candidates are ordered in time: what is only listed goes by its mtime, not after now."""
+    listed = candidate.mtime_ns / 1e9 + now - wall
+    found = candidate.evidence is Evidence.FOUND
+    return min(listed, now) if found else candidate.since, candidate.mtime_ns
+
+
 def merge(old: Candidate | None, new: Candidate) -> Candidate:
     """Join what was known about a file with what is noticed now; the stronger evidence wins."""
     if old is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id, Pinned, State, Uploading
 
 
@@ -114,3 +116,22 @@ def pin_dirs(pins: Path) -> list[tuple[Id, Path]]:
         with suppress(ValueError):
             found.append((Id.parse(path.name), path))
     return sorted(found)
+
+
+def catch_name(inode: tuple[int, int], name: str) -> str:
+    """Return the name of the directory in which a file is held."""
+    return f"{inode[0]:x}-{inode[1]:x}-{crc64(os.fsencode(name)):x}"
+
+
+def caught_below(folder: Path) -> tuple[list[Caught], list[Path]]:
+    """Return what is held there without a verdict, and what is left of catches that were cut."""
+    held, left_over = [], []
+    for each in folder.iterdir():
+        files = [file for file in each.rglob("*") if file.is_file()]
+        if each.name.startswith("new-") or len(files) != 1:
+            left_over.append(each)
+            continue
+        status = files[0].stat()
+        name = str(files[0].relative_to(each))
+        held.append(Caught(name, (status.st_dev, status.st_ino), str(files[0])))
+    return held, left_over

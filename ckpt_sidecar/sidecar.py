@@ -330,7 +330,7 @@ class Sidecar:
         self._world.leave(End(self._trained or end.code, end.reason))
 
     def _end(self) -> End:
-        left = tuple(each.name for each in drain_order(self._pipeline.book))
+        left = (*(each.name for each in drain_order(self._pipeline.book)), *self._watcher.undecided())
         self._world.tell(Drained(left))
         if left:
             return End(Exit.NOT_DURABLE, f"not durable at the drain deadline: {', '.join(left[:20])}")

@@ -43,6 +43,8 @@ from ckpt_sidecar.disk import (
 from ckpt_sidecar.journal import (
     Record,
     Recovered,
+    catch_name,
+    caught_below,
     dump_entry,
     load_record,
     pid_of,
@@ -217,7 +219,7 @@ class Spool:
             self.disk.link(path, link)
             status = link.lstat()
             inode = (status.st_dev, status.st_ino)
-            settled = self._caught / _catch_name(inode, name)
+            settled = self._caught / catch_name(inode, name)
             if not settled.exists():
                 self.disk.rename(fresh, settled)
         finally:
@@ -244,7 +246,7 @@ class Spool:
         """Hold the file no longer."""
         with self._mutex:
             if caught.path is not None:
-                self.disk.remove_tree(self._caught / _catch_name(caught.inode, caught.name))
+                self.disk.remove_tree(self._caught / catch_name(caught.inode, caught.name))
             elif self._held.pop((caught.inode, caught.name), None) is not None:
                 os.close(caught.descriptor or 0)
 
@@ -290,7 +292,7 @@ class Spool:
     def _pin(self, caught: Caught, file: File) -> Checkpoint:
         checkpoint = Checkpoint(self._next_id(), file.name, (file,), file.mtime_ns)
         if caught.path is not None:
-            held = self._caught / _catch_name(caught.inode, caught.name)
+            held = self._caught / catch_name(caught.inode, caught.name)
             self.disk.rename(held, self._pins / str(checkpoint.id))
             with suppress(OSError):  # on a full disk the pin alone tells all that a restart needs
                 self._write_entry(checkpoint, sync=False)
@@ -339,7 +341,7 @@ class Spool:
             self._drop_pin(checkpoint)
             return self.catch(name)
         inode = (status.st_dev, status.st_ino)
-        settled = self._caught / _catch_name(inode, name)
+        settled = self._caught / catch_name(inode, name)
         with self._mutex:
             if settled.exists():
                 self.disk.remove_tree(folder)
@@ -381,7 +383,10 @@ class Spool:
             found.checkpoints.append(checkpoint)
             self.known.taken(checkpoint.files[0])
         self._recover_lost(found)
-        self._recover_caught(found)
+        held, left_over = caught_below(self._caught)
+        found.caught += held
+        for path in left_over:
+            self.disk.remove_tree(path)
         return found
 
     def _recover_lost(self, found: Recovered) -> None:
@@ -391,17 +396,3 @@ class Spool:
             elif not path.with_suffix("").is_dir():
                 found.broken.append((str(path), "has no pin any more: its bytes were removed from this disk"))
                 self.disk.unlink(path)
-
-    def _recover_caught(self, found: Recovered) -> None:
-        for folder in self._caught.iterdir():
-            files = [file for file in folder.rglob("*") if file.is_file()]
-            if folder.name.startswith("new-") or len(files) != 1:
-                self.disk.remove_tree(folder)
-                continue
-            status = files[0].stat()
-            name = str(files[0].relative_to(folder))
-            found.caught.append(Caught(name, (status.st_dev, status.st_ino), str(files[0])))
-
-
-def _catch_name(inode: tuple[int, int], name: str) -> str:
-    return f"{inode[0]:x}-{inode[1]:x}-{crc64(os.fsencode(name)):x}"

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, Once, printable, unreadable
 from ckpt_sidecar.checkpoint import Caught, File
-from ckpt_sidecar.completion import Candidate, Evidence, Seen, Verdict, judge, merge
+from ckpt_sidecar.completion import Candidate, Evidence, Seen, Verdict, completed_at, judge, merge
 from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
 from ckpt_sidecar.formats import Look, Rules, look_at
 from ckpt_sidecar.hints import Tree, explain, inode_of, walk
@@ -121,6 +121,10 @@ class Watcher:
         now = self._clock()
         self._admit(Hint(caught, Candidate(Evidence.FOUND, -1, 0, since=now, due=now + after)))
         self._inbox.wake.set()
+
+    def undecided(self) -> list[str]:
+        """Return what looks whole, and has not rested long enough to be called completed."""
+        return sorted(printable(hint.caught.name) for hint in self._held.values() if hint.whole)
 
     async def first(self, stop: asyncio.Event | None = None) -> list[Found]:
         """List the tree and return what is completed already, the oldest first.
@@ -341,14 +345,9 @@ class Watcher:
             hints = hints if self._listing.reason == "interval" else []
         else:
             hints = list(self._held.values())
-        ahead = now - self._wall()  # read once: a pause between two readings would swap files
-
-        def completed(hint: Hint) -> tuple[float, int]:
-            it = hint.candidate
-            listed = it.evidence is Evidence.FOUND
-            return min(it.mtime_ns / 1e9 + ahead, now) if listed else it.since, it.mtime_ns
-
-        return sorted((hint for hint in hints if hint.candidate.due <= now), key=completed)
+        due = [hint for hint in hints if hint.candidate.due <= now]
+        wall = self._wall()  # read once: a pause between two readings would swap files
+        return sorted(due, key=lambda hint: completed_at(hint.candidate, now=now, wall=wall))
 
     def _look(self, hint: Hint) -> _Sight | OSError:
         """Look at the held bytes, in a thread."""
@@ -391,7 +390,7 @@ class Watcher:
             now=self._clock(),
             rules=self._rules,
         )
-        self._held[hint.key] = hint._replace(candidate=candidate)
+        self._held[hint.key] = hint._replace(candidate=candidate, whole=sight.look.flaw is None)
         if verdict is Verdict.TORN and stands and self._torn.first(version):
             self._tell(Torn(printable(name), sight.look.flaw or ""))
         return verdict

@@ -741,3 +741,18 @@ async def test_a_bucket_that_was_emptied_is_no_fresh_run(tmp_path: Path, memory:
         await life.ready()
         assert life.files() == {"x.pt": b"weights"}
         await life.stop()
+
+
+@pytest.mark.fault("E3")
+async def test_what_looks_whole_and_is_not_known_to_be_completed_is_said_at_the_end(
+    tmp_path: Path, memory: MemoryBucket
+) -> None:
+    """Its writer has it open, and its format has no end: the next life will judge it."""
+    async with living(tmp_path, memory) as life:
+        await life.ready()
+        with (tmp_path / "open.pt").open("wb") as writer:
+            writer.write(b"weights")
+            writer.flush()
+            end = await life.stop()
+        assert end == End(Exit.NOT_DURABLE, "not durable at the drain deadline: open.pt")
+        assert life.told.of(Drained) == [Drained(("open.pt",))]
