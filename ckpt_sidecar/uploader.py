@@ -268,6 +268,8 @@ class Uploader:
                         await self._bucket.abort_multipart(upload)
                         self._tell(UploadAborted(name, upload.upload_id))
         except (Denied, Refused) as error:  # then only the bucket's lifecycle rule can throw it away
+            if error.reason == "credentials":  # they will be renewed
+                raise
             self._tell(Failed("upload", error.reason, name, str(error.args[0]), error.hint))
         self._doubtful.discard(key)
 

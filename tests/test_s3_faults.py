@@ -206,7 +206,7 @@ class Sends(Job):
     """All that goes up, and what others have left.
 
     `old.pt` and `newest.pt` are durable. `lost.pt` is being uploaded by a spool that is gone. In our own
-    spool `big.pt` has one part in the bucket; `doubt.pt` was created there, and we were killed before that
+    spool `big.pt` has one part in the bucket; `doubt.pt` was created there, and we were killed before its id
     was written down. `saved.pt` is saved meanwhile. Four are kept, and so `old.pt` is deleted.
     """
 
@@ -224,7 +224,8 @@ class Sends(Job):
         part = {"PartNumber": 1, "Body": self.content("big.pt")[:PART]}
         self.way.direct.upload_part(**self.key("big.pt"), UploadId=upload_id, **part)
         spool.write(advance(big, Uploading((upload_id,))))
-        pin(spool, save(self.root, "doubt.pt", self.content("doubt.pt"), at=2))
+        doubt = pin(spool, save(self.root, "doubt.pt", self.content("doubt.pt"), at=2))
+        spool.write(advance(doubt, Uploading((None,))))
         self._created("doubt.pt")
         spool.close()
 
@@ -386,7 +387,7 @@ def meeting(name: str, *, checked: bool) -> list[Asked]:
     """
     only = HURTS[name].only
     requests = [asked for asked in undisturbed()[1] if not only or asked.operation in only]
-    clears_up = {"ListMultipartUploads", "AbortMultipartUpload"} if name == "denied" else ()
+    clears_up = {"ListMultipartUploads", "ListParts", "AbortMultipartUpload"} if name == "denied" else ()
     blind = "damaged" in name and not checked
     return [
         each
