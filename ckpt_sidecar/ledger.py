@@ -25,7 +25,6 @@ from ckpt_sidecar.bucket import (
     Unreachable,
     Upload,
 )
-from ckpt_sidecar.checkpoint import Id
 from ckpt_sidecar.document import MAX_MANIFEST_BYTES, Mangled, UnknownSchema, dump, parse
 from ckpt_sidecar.events import Adopted, Claimed, Event, Fenced, Rebuilt, RecoveryPoint, UploadAborted
 from ckpt_sidecar.manifest import (
@@ -334,12 +333,18 @@ class Ledger:
         """
         await self.swap(lambda seen: forgotten(seen, {upload_id}))
 
-    async def met(self, id_: Id) -> None:
-        """Look who holds the prefix when a save of a generation after ours is met; FencedOff if another."""
-        if id_.generation > self.generation:
+    async def met(self, theirs: Entry) -> None:
+        """A newer save than ours stands at its key: adopt it where it was never committed.
+
+        Who sent it may have been fenced before it could commit. FencedOff if another holds the prefix.
+        """
+        if theirs.id.generation > self.generation:
             async with self._lock:
                 await self._look(token="")
                 self._check_fence()
+        listed = self.manifest.entry_of(theirs.name)
+        if listed is None or listed.id < theirs.id:
+            await self.adopt(replace(theirs, stored_at=self._times.wall()))
 
     async def commit(self, entry: Entry) -> None:
         """Enter the checkpoint: when this returns it is durable."""

@@ -53,7 +53,7 @@ from ckpt_sidecar.checkpoint import (
 )
 from ckpt_sidecar.disk import BytesChanged, PinnedFile
 from ckpt_sidecar.events import Event, Failed, Progress, Replacing, UploadAborted
-from ckpt_sidecar.manifest import Announced, described, self_description
+from ckpt_sidecar.manifest import Announced, Entry, described, self_description
 from ckpt_sidecar.patience import together
 from ckpt_sidecar.spool import Spool
 
@@ -69,8 +69,8 @@ class Announcer(Protocol):
     async def forget(self, upload_id: str) -> None:
         """Take an upload that is gone out of the manifest."""
 
-    async def met(self, id_: Id) -> None:
-        """Be told of a greater id at a key: somebody may have claimed the prefix since."""
+    async def met(self, theirs: Entry) -> None:
+        """Be told of a greater id at a key: somebody may have claimed since, or never committed it."""
 
 
 class Slots:
@@ -227,7 +227,7 @@ class Uploader:
             return Absent()
         theirs = described(ref, job.checkpoint.name, 0)
         if theirs is not None and theirs.id > job.checkpoint.id:
-            await self._announcer.met(theirs.id)
+            await self._announcer.met(theirs)
             return Superseded(theirs.id)
         if theirs is not None and theirs.id == job.checkpoint.id:
             crc = await asyncio.to_thread(_crc_of, job.source, job.size)
