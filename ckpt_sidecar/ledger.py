@@ -328,18 +328,18 @@ class Ledger:
         """
         await self.swap(lambda seen: forgotten(seen, {upload_id}))
 
-    async def met(self, entry: Entry) -> None:
-        """A newer save than ours stands at a key: look whether its sidecar holds the prefix, else adopt it.
+    async def met(self, theirs: Entry) -> None:
+        """A newer save than ours stands at its key: adopt it where it was never committed.
 
-        FencedOff if another does. One who was fenced has stored it too late to commit it.
+        Who sent it may have been fenced before it could commit. FencedOff if another holds the prefix.
         """
-        if entry.id.generation > self.generation:
+        if theirs.id.generation > self.generation:
             async with self._lock:
                 await self._look(token="")
                 self._check_fence()
-        listed = self.manifest.entry_of(entry.name)
-        if listed is None or listed.id < entry.id:
-            await self.adopt(entry)
+        listed = self.manifest.entry_of(theirs.name)
+        if listed is None or listed.id < theirs.id:
+            await self.adopt(replace(theirs, stored_at=self._times.wall()))
 
     async def commit(self, entry: Entry) -> None:
         """Enter the checkpoint: when this returns it is durable."""

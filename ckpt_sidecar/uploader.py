@@ -69,8 +69,8 @@ class Announcer(Protocol):
     async def forget(self, upload_id: str) -> None:
         """Take an upload that is gone out of the manifest."""
 
-    async def met(self, entry: Entry) -> None:
-        """Be told of a greater id at a key: somebody may hold the prefix, or may not have committed it."""
+    async def met(self, theirs: Entry) -> None:
+        """Be told of a greater id at a key: somebody may have claimed since, or never committed it."""
 
 
 @dataclass(slots=True)

@@ -454,7 +454,10 @@ async def test_who_meets_a_greater_generation_is_fenced(bucket: MemoryBucket, to
 async def test_a_save_of_a_later_generation_is_a_reason_to_look(bucket: MemoryBucket, told: Told) -> None:
     """Whoever meets one asks who holds the prefix; one of its own generation or an earlier one is none."""
     ledger = await claimed(bucket, told)
+    await ledger.commit(entry(1, 99))
     await claimed(bucket, spool="spool-b")
+    await ledger.met(entry(1, 99))
+    assert told.of(Fenced) == []
     with pytest.raises(FencedOff):
         await ledger.met(entry(2, 1))
     assert len(told.of(Fenced)) == 1

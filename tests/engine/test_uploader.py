@@ -34,6 +34,7 @@ from tests.engine.support import (
     Told,
     holder,
     ledger_of,
+    listed,
     manifest_in,
     opened_spool,
     pin,
@@ -345,6 +346,7 @@ async def test_a_greater_id_at_the_key_is_never_replaced(rig: Rig, content: byte
     assert ended.state == Superseded(Id(1, 9))
     assert rig.body() == b"newer"
     assert nothing_under_way(rig)
+    assert listed(rig.memory) == ["1-9 x.pt"]  # it is not left to one who was fenced before the commit
 
 
 @pytest.mark.fault("C18")
