@@ -20,6 +20,7 @@ SERVERS = {
     for kind in ("moto", "localstack", "ceph", "rclone")
     if (name := f"S3_ENDPOINT_{kind.upper()}") in os.environ
 }
+PROOFS = ("tests/crash", "tests/model", "tests/whole/test_soak.py")
 ON_S3 = [pytest.param(kind, marks=pytest.mark.s3) for kind in SERVERS]
 ON_ONE = pytest.mark.parametrize("s3_endpoint", ON_S3[:1], indirect=True)  # what no store has a part in
 
@@ -41,6 +42,13 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     runner: Any = pyfuncitem.funcargs["runner"]
     runner.run(pyfuncitem.obj(**arguments))
     return True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what the proofs have counted: states, kills, seeds."""
+    for report in terminalreporter.stats.get("passed", []):
+        if report.nodeid.startswith(PROOFS) and report.capstdout.strip():
+            terminalreporter.write_line(f"{report.nodeid}: {report.capstdout.strip()}")
 
 
 @pytest.fixture(params=ON_S3)

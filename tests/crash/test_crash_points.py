@@ -27,7 +27,7 @@ async def _undisturbed(scene: str, store: str) -> tuple[Matrix, list[Cuts]]:
 
 
 def _good(matrix: Matrix, name: str) -> None:
-    print(f"\n{name}: {matrix} (CRASH_SEED={SEED})")  # noqa: T201
+    print(f"{name}: {matrix} (CRASH_SEED={SEED})")  # noqa: T201
     assert matrix.failures == [], matrix.failures[0]
     assert len(matrix.missed) <= 1 + 0.1 * matrix.kills, f"{matrix}: {matrix.missed}"
 

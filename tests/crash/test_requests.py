@@ -114,4 +114,4 @@ async def test_a_kill_at_any_request_comes_to_the_same_end(s3_endpoint: str) -> 
     cuts += [(number, False) for number, it in writes if HOME not in it.key]  # not each of the probe's, too
     assert len(cuts) >= 30, f"hardly a request: {asked}"
     await asyncio.gather(*(play(cut) for cut in cuts))
-    print(f"\n{len(asked)} requests, {len(cuts)} kills")  # noqa: T201
+    print(f"{len(asked)} requests, {len(cuts)} kills")  # noqa: T201

@@ -174,7 +174,7 @@ async def _stall_at(stalls: Sequence[tuple[Step, bool]], stage: Stage) -> None:
 
     shuffled = random.Random(SEED).sample(stalls, len(stalls))
     await asyncio.gather(*(one(held, stopped=stopped) for held, stopped in shuffled))
-    print(f"\n{len(stalls)} stalls, {len(reached)} reached (CRASH_SEED={SEED})")  # noqa: T201
+    print(f"{len(stalls)} stalls, {len(reached)} reached (CRASH_SEED={SEED})")  # noqa: T201
     assert failed == [], failed[0]
     assert len(reached) >= 0.9 * len(stalls)
 

@@ -87,15 +87,14 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.fixture
-def explored(scratch: Path, capsys: pytest.CaptureFixture[str]) -> Explore:
+def explored(scratch: Path) -> Explore:
     """Go through all of it, and say how much that was."""
 
     def explore(bounds: Bounds) -> None:
         with small_world():
             explorer = Explorer(bounds, scratch)
             explorer.explore()
-        with capsys.disabled():
-            print(f"\n{bounds}\n    {explorer}")  # noqa: T201
+        print(f"{bounds}\n    {explorer}")  # noqa: T201  (shown at the end)
 
     return explore
 
