@@ -425,8 +425,9 @@ class Explorer:
             begun = after.upload(request.nonce)
             assert begun is not None
             after = after.begin(replace(begun, late=True))
-        promises.nothing_goes_back(before, after)
-        promises.nobody_displaced_comes_back(before, after, self._views(state)[side])
+        sender = self._views(state)[side]
+        promises.nothing_goes_back(before, after, sender, bound=self.bounds.bound)
+        promises.nobody_displaced_comes_back(before, after, sender)
         return self._stores.of(after), answer
 
     def _views(self, state: State) -> list[View]:

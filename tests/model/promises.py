@@ -47,8 +47,12 @@ def entry_at(store: Store, name: str) -> Entry | None:
 # --- of the bucket, from one state to the next -------------------------------------------------------
 
 
-def nothing_goes_back(before: Store, after: Store) -> None:
-    """The newest checkpoint, the history, the generation and the id at each key only grow."""
+def nothing_goes_back(before: Store, after: Store, by: View, *, bound: bool) -> None:
+    """The newest checkpoint, the history, the generation and the id at each key only grow.
+
+    But where the store does not look at the condition of a complete (not `bound`) the holder may replace
+    what a fenced one has put there after the holder's look: it was never committed, and is still pinned.
+    """
     old, new = manifest_in(before), manifest_in(after)
     if new.generation < old.generation:
         raise Broken(f"the generation goes back: {old.generation} -> {new.generation}")
@@ -62,7 +66,10 @@ def nothing_goes_back(before: Store, after: Store) -> None:
         if found.key != LATEST:
             name = found.key.removeprefix(PREFIX)
             was, now = _entry(found), entry_at(after, name)
-            if now is None or now.id < was.id:
+            listed = old.entry_of(name)
+            never_committed = listed is None or listed.id < was.id
+            excused = not bound and by.generation == old.generation and never_committed
+            if now is None or (now.id < was.id and not excused):
                 raise Broken(f"the id at {found.key} goes back: {was.id} -> {now and now.id}")
 
 
