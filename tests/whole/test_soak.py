@@ -175,6 +175,18 @@ class Soak:
         self._life.close()
         assert "Traceback" not in self.it.said, self.it.said[-3000:]
 
+    def account(self) -> str:
+        """What has happened, for whoever looks on."""
+        return "\n".join(
+            (
+                f"{self.trainer.saves} saves",
+                f"the sidecar: {dict(self.happened)}",
+                f"the requests: {dict(self.faults.played)}",
+                f"at most: {self.peak}",
+                *(f"at rest: {each}" for each in self.rests),
+            )
+        )
+
     # --- the faults ---
 
     def kill(self) -> None:
@@ -320,8 +332,7 @@ def test_minutes_of_faults_and_restarts_leave_nothing_behind(
         while time.monotonic() < began + 60 * MINUTES or len(soak.rests) < 6:
             soak.round(kills=False)
         with capsys.disabled():
-            told = (soak.trainer.saves, soak.happened, soak.faults.played, soak.peak, *soak.rests)
-            sys.stdout.write("\n".join(map(str, (f"SOAK_SEED={seed}", *told, ""))))
+            sys.stdout.write(f"SOAK_SEED={seed}: {soak.account()}\n")
         assert flat(soak.rests), soak.rests
         for last_save in (soak.trainer.rewrite, soak.trainer.big, soak.trainer.step, soak.trainer.replace):
             last_save()
