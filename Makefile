@@ -12,11 +12,13 @@ ATHERIS := atheris==3.0.0
 FUZZ_SECONDS ?= 60
 FUZZ_TARGETS := manifest formats
 
+SOAK_MINUTES ?= 5
+
 SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/bin/env bash' tools .ci deploy examples)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test prove mutants fuzz check lock clean
+.PHONY: help install demo test prove soak mutants fuzz check lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand --tabs=10
@@ -46,6 +48,9 @@ test: install ## the tests, against real S3 servers that need no root
 
 prove: install ## the tests that take longer: every crash point, every interleaving, storms
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python -m pytest $(SPREAD) -m long $(PYTEST_ARGS)
+
+soak: install ## saves under faults and restarts, for SOAK_MINUTES=5: nothing grows, nothing is lost
+	PYTHON=$(abspath $(VENV)/bin/python) SOAK_MINUTES=$(SOAK_MINUTES) tools/with-s3 moto $(VENV)/bin/python -m pytest -m long tests/whole/test_soak.py $(PYTEST_ARGS)
 
 mutants: install ## break the program on purpose, rule by rule, and see that the tests notice
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python tools/mutants

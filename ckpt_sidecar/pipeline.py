@@ -96,6 +96,7 @@ class Pipeline:
         self._resting: dict[Id, float] = {}
         self._tries: dict[Id, int] = {}
         self._began: dict[Id, float] = {}
+        self._asked: set[Id] = set()  # small ones, of which a put may have been answered to nobody
         self._sent: dict[str, tuple[int, int]] = {}  # the inodes that are durable, by name, the oldest first
         self._all_taken_in = False
         self._urgent = False
@@ -135,6 +136,8 @@ class Pipeline:
             elif isinstance(checkpoint.state, Pinned) and self._is_torn(checkpoint):
                 found.caught += filter(None, [self._spool.reconsider(checkpoint)])
                 continue
+            elif isinstance(checkpoint.state, Pinned):
+                self._note_asked(checkpoint)
             self.moved(checkpoint)
         for caught in found.caught:
             standing = self._landing.look(caught.name)
@@ -142,6 +145,10 @@ class Pipeline:
                 self._spool.let_go(caught)  # a newer save of its name has been taken
             else:
                 self._watcher.take_back(caught)
+
+    def _note_asked(self, checkpoint: Checkpoint) -> None:
+        if self._uploader.in_one_put(checkpoint):  # a larger one is not asked for before it is journalled
+            self._asked.add(checkpoint.id)
 
     def _is_torn(self, checkpoint: Checkpoint) -> bool:
         """Was a pin rewritten in place that has lost its entry, which would tell?"""
@@ -205,6 +212,7 @@ class Pipeline:
             now=self._seconds(),
             keep_remote=self._keep.remote,
             durable=[each.id for each in self._ledger.manifest.checkpoints],
+            asked=self._asked,
         )
 
     async def _do(self, step: Step) -> None:
@@ -227,6 +235,7 @@ class Pipeline:
                 return
         self._began.setdefault(checkpoint.id, self._seconds())
         if not isinstance(checkpoint.state, Stored):
+            self._note_asked(checkpoint)
             seen = listed.objects[0] if listed is not None else None
             try:
                 checkpoint = await self._uploader.upload(checkpoint, seen)
@@ -297,6 +306,7 @@ class Pipeline:
     def _forget_times(self, id_: Id) -> None:
         for times in (self._tries, self._resting, self._began):
             times.pop(id_, None)
+        self._asked.discard(id_)
 
     def _rest(self, id_: Id, name: str, error: BucketError | OSError) -> None:
         """Leave this one alone for a while, and let others go first."""

@@ -42,6 +42,7 @@ def next_step(
     now: float,
     keep_remote: int = 0,
     durable: Sequence[Id] = (),
+    asked: Collection[Id] = (),
 ) -> Step | None:
     """Say what a free worker should do next, or None when there is nothing to do now.
 
@@ -49,7 +50,8 @@ def next_step(
     at a time for each name: names in `busy` are being worked on, and a name whose older upload could not be
     ended waits for that. `resting` holds, by id, until when (seconds, monotonic) one that failed is left
     alone. With `keep_remote` a checkpoint that retention would delete as soon as it is committed is not sent
-    at all: `durable` are the ids that the manifest lists.
+    at all: `durable` are the ids that the manifest lists. But for those that the bucket was `asked` to take,
+    and may have taken: only what has been committed is ever deleted.
     """
     for each in book.in_turn():
         if each.name in busy:
@@ -59,7 +61,8 @@ def next_step(
         for other in ended_first:
             if not _rests(other, resting, now):
                 return Supersede(other, newest.id)
-        if keep_remote and isinstance(each.state, Pinned) and _beyond(each.id, keep_remote, durable):
+        unsent = isinstance(each.state, Pinned) and each.id not in asked
+        if keep_remote and unsent and _beyond(each.id, keep_remote, durable):
             return Skip(each, f"{keep_remote} newer ones are durable, and no more are kept")
         if not ended_first and not _rests(each, resting, now):
             return Upload(each)

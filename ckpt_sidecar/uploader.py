@@ -125,6 +125,10 @@ class Uploader:
         """From now on no part of an older checkpoint is sent while a newer one is being sent."""
         self._slots.one_at_a_time()
 
+    def in_one_put(self, checkpoint: Checkpoint) -> bool:
+        """Is it small enough for that?"""
+        return checkpoint.size <= self._part_bytes
+
     async def upload(self, checkpoint: Checkpoint, seen: ObjectRef | None) -> Checkpoint:
         """Bring the checkpoint to Stored, Superseded or Changed; each step on the way is told by `moved`.
 
@@ -136,7 +140,7 @@ class Uploader:
             job = _Job(checkpoint, self._prefix + checkpoint.name, source)
             try:
                 source.check()
-                if job.size <= self._part_bytes and isinstance(checkpoint.state, Pinned):
+                if self.in_one_put(checkpoint) and isinstance(checkpoint.state, Pinned):
                     return await self._in_one_put(job, when)
                 return await self._in_parts(job, when)
             except BytesChanged:

@@ -602,6 +602,29 @@ async def test_what_retention_would_delete_at_once_is_not_sent(line: Make) -> No
 
 
 @pytest.mark.fault("D10")
+@pytest.mark.parametrize("killed", [False, True])
+async def test_what_may_stand_in_the_bucket_already_is_not_skipped(line: Make, *, killed: bool) -> None:
+    """Its put was done, and the answer lost: its object is not left in the bucket for ever, unlisted."""
+    async with line(keep=Keep(remote=1), workers=1) as it:
+        await it.save("old.pt")
+        it.steps.lose("put", "old.pt")
+        it.steps.fail("head", Unreachable("no route"), "old.pt", times=2)
+        working = asyncio.ensure_future(it.pipeline.work())
+        await it.told.until(lambda: it.told.of(Retrying))
+        working.cancel()
+        await asyncio.wait([working])
+        assert it.body("old.pt") == b"old.pt"
+        await it.save("new.pt", at=1)
+        after = await restarted(it, keep=Keep(remote=1), workers=1) if killed else it
+        after.pipeline._end_rests()
+        await after.drain()
+        await after.pipeline.retain_once()
+        assert it.memory.objects.keys() == {"job/new.pt", LATEST}
+        assert after.pins == []
+        after.spool.close()
+
+
+@pytest.mark.fault("D10")
 async def test_retention_spares_a_name_that_is_being_sent(line: Make) -> None:
     """The old object of a name whose next save is on its way is not deleted under it."""
     async with line(keep=Keep(remote=1)) as it:

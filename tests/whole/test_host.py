@@ -618,7 +618,7 @@ def memory_limit() -> Iterator[MemoryLimit]:
 
 @pytest.mark.long
 @pytest.mark.timeout(500)
-@pytest.mark.fault("E7")
+@pytest.mark.fault("E7", "H5")
 @ON_ONE
 def test_it_works_within_160_mib(tmp_path: Path, target: Target, memory_limit: MemoryLimit) -> None:
     """Of a control group, which counts the page cache: up and down again, checkpoints larger than that."""
