@@ -527,7 +527,7 @@ async def test_the_order_is_that_of_the_saves_whatever_the_trainers_clock_says(t
 
 
 @pytest.mark.fault("A16")
-@pytest.mark.parametrize("at", [time.time() + 30 * DAY, 0.0])
+@pytest.mark.parametrize("at", [time.time() + 30 * DAY, 0.0], ids=["to come", "1970"])
 async def test_the_lag_is_never_negative(tmp_path: Path, at: float) -> None:
     """Not as a metric, not in the log: a file of the future is not durable before it was saved."""
     async with serving(tmp_path) as it:

@@ -2,7 +2,7 @@
 
     make soak SOAK_MINUTES=60     (`make prove` plays one minute)
 
-The name of the test ends with the seed of its dice: SOAK_SEED=… throws them again, as far as time allows.
+What is printed begins with the seed of its dice: SOAK_SEED=… throws them again, as far as time allows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 import os
 import random
 import signal
-import sys
 import time
 import zipfile
 from collections import Counter
@@ -311,19 +310,17 @@ def soaking(root: Path, target: Target, seed: int) -> Iterator[Soak]:
 @pytest.mark.long
 @pytest.mark.timeout(60 * MINUTES + 900)
 @pytest.mark.fault("H3")
-@pytest.mark.parametrize("seed", [SEED])
 @ON_ONE
-def test_minutes_of_faults_and_restarts_leave_nothing_behind(
-    tmp_path: Path, target: Target, seed: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_minutes_of_faults_and_restarts_leave_nothing_behind(tmp_path: Path, target: Target) -> None:
     """At every rest all is durable and the spool empty; while one life bears half of it, it does not grow.
 
     In the other half it is killed again and again. At the end the newest comes back on another node.
     """
+    print(f"SOAK_SEED={SEED}")  # noqa: T201
     root = tmp_path / "ckpt"
     root.mkdir()
     began = time.monotonic()
-    with soaking(root, target, seed) as soak:
+    with soaking(root, target, SEED) as soak:
         while time.monotonic() < began + 30 * MINUTES:
             soak.round(kills=True)
         soak.kill()
@@ -331,8 +328,7 @@ def test_minutes_of_faults_and_restarts_leave_nothing_behind(
         soak.rest()
         while time.monotonic() < began + 60 * MINUTES or len(soak.rests) < 6:
             soak.round(kills=False)
-        with capsys.disabled():
-            sys.stdout.write(f"SOAK_SEED={seed}: {soak.account()}\n")
+        print(soak.account())  # noqa: T201
         assert flat(soak.rests), soak.rests
         for last_save in (soak.trainer.rewrite, soak.trainer.big, soak.trainer.step, soak.trainer.replace):
             last_save()
