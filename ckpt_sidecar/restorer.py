@@ -8,6 +8,7 @@ How it can go wrong, and what is done:
 - the watch dir has it already: verified and kept; has a torn file of that name: set aside, never deleted;
 - the trainer writes the same name meanwhile: its file stays;
 - a symlink is in the way, or what is no file stands at the name: nothing is touched, the next one;
+- the disk refuses: that says nothing about the checkpoint, and no older one is taken for it;
 - killed at any step: what had arrived lies out of sight, and the next start clears it.
 """
 
@@ -45,6 +46,10 @@ from ckpt_sidecar.manifest import Entry, Manifest, described
 from ckpt_sidecar.patience import together
 
 FETCHES = 3  # a key that is replaced under so many downloads in a row is passed over
+# What the disk says of one name, and of no other; anything else says nothing about the checkpoint.
+OF_THE_NAME = frozenset(
+    {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
+)
 READ_BYTES = 1024 * 1024  # a local file is verified in pieces of this many bytes
 
 
@@ -101,8 +106,8 @@ class Restorer:
         """Put the newest good checkpoint in place, or keep what is at least as new.
 
         `waiting` is what this spool holds and has not yet made durable. Raises NothingRestored when the
-        bucket has checkpoints and none is good; Unreachable and Denied when that is not known; NoRoom
-        when the disk is too small.
+        bucket has checkpoints and none is good; Unreachable, Denied and OSError when that is not known;
+        NoRoom when the disk is too small.
         """
         started = self._seconds()
         newest = manifest.newest
@@ -155,6 +160,8 @@ class Restorer:
                 raise NoRoom(
                     f"the checkpoint has {entry.size} bytes, and the disk is full: {error}"
                 ) from error
+            if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
+                raise
             self._tell(FellBack(entry.id, entry.name, str(error)))
             return None
 
