@@ -100,6 +100,7 @@ class Restorer:
         self._flaw_of = flaw_of
         self._seconds = seconds
         self._tell = tell
+        self._waiting: Iterable[Checkpoint] = ()
         self._stood: dict[str, File | None] = {}  # what stood at each name when the restore began
 
     async def restore(self, manifest: Manifest, waiting: Iterable[Checkpoint] = ()) -> Outcome:
@@ -111,6 +112,7 @@ class Restorer:
         """
         started = self._seconds()
         newest = manifest.newest
+        self._waiting = waiting
         self._stood = {each.name: self._landing.look(each.name) for each in manifest.checkpoints}
         held = max((each for each in waiting if self._stands(each)), key=lambda each: each.id, default=None)
         if held is not None and (newest is None or held.id > newest.id):
@@ -138,6 +140,11 @@ class Restorer:
     def _stands(self, checkpoint: Checkpoint) -> bool:
         """Is the checkpoint's very file still in the watch dir under its name?"""
         return all(self._landing.look(file.name) == file for file in checkpoint.files)
+
+    def _is_newer(self, checkpoint: Checkpoint, entry: Entry) -> bool:
+        """Does a newer save stand under the entry's name, that this spool holds?"""
+        newer = checkpoint.name == entry.name and checkpoint.id > entry.id
+        return newer and self._stands(checkpoint)
 
     async def _try(self, entry: Entry) -> Outcome | None:
         """Restore this entry, or say why not and return None.
@@ -200,7 +207,8 @@ class Restorer:
                 flaw = await asyncio.to_thread(self._flaw_of, file, found.name)
             if flaw is not None:
                 raise Refused(f"the object is no whole checkpoint: {flaw}")
-            path = await asyncio.to_thread(self._place, incoming, found)
+            newer = any(self._is_newer(each, found) for each in self._waiting)  # it was taken up meanwhile
+            path = None if newer else await asyncio.to_thread(self._place, incoming, found)
         done = replace(found, objects=(ref,))
         adopted = done if found is not entry else None
         return Outcome(

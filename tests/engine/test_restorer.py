@@ -70,7 +70,12 @@ class Rig:
         self, *waiting: Checkpoint, tell: Callable[[Event], None] | None = None, workers: int = 2
     ) -> Outcome:
         """Restore."""
-        restorer = Restorer(
+        async with asyncio.timeout(60):
+            return await self.restorer(tell, workers=workers).restore(self.ledger.manifest, waiting)
+
+    def restorer(self, tell: Callable[[Event], None] | None = None, *, workers: int = 2) -> Restorer:
+        """Who restores from this bucket into this watch dir."""
+        return Restorer(
             self.bucket,
             self.landing,
             known=self.known,
@@ -80,8 +85,6 @@ class Rig:
             seconds=lambda: 0.0,
             tell=tell or self.told,
         )
-        async with asyncio.timeout(60):
-            return await restorer.restore(self.ledger.manifest, waiting)
 
     def files(self) -> dict[str, bytes]:
         """What stands in the watch dir, for everybody to see."""
@@ -449,6 +452,22 @@ async def test_what_the_trainer_writes_meanwhile_stays(rig: Rig) -> None:
     assert rig.files() == {"last.pt": b"the trainer's"}
     assert rig.known == {}
     assert rig.hidden("incoming") == []
+
+
+@pytest.mark.fault("F9")
+async def test_what_was_saved_just_before_and_is_taken_up_meanwhile_stays(rig: Rig) -> None:
+    """It stood there before anybody knew whether it is whole: once that is known it is not set aside."""
+    await rig.commit(1, "last.pt", b"restored")
+    newer = waiting(2, save(rig.root, "last.pt", b"the trainer's", at=50))
+    book: list[Checkpoint] = []
+
+    async def take_up() -> None:
+        book.append(newer)
+
+    rig.bucket.on("get_range", before=take_up)
+    assert (await rig.restorer().restore(rig.ledger.manifest, book)).word == "kept"
+    assert rig.files() == {"last.pt": b"the trainer's"}
+    assert (rig.hidden("aside"), rig.hidden("incoming")) == ([], [])
 
 
 @pytest.mark.fault("F9")
