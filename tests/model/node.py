@@ -318,7 +318,7 @@ class Node:
         self.lost = False
         self.listener: Listener | None = None
         self.hurt: dict[str, int] = {}
-        self.was_hurt = False
+        self.was_hurt = self.ever_hurt = False
         self.writing: dict[str, Writing] = {}
         self.written: set[int] = set()  # inodes that the trainer itself has written
         self.rotated: set[int] = set()  # inodes that had another name before
@@ -444,14 +444,16 @@ class Node:
                 yield path.relative_to(self.root).as_posix(), path
 
     def held(self) -> Iterator[tuple[str, bytes]]:
-        """The names and bytes of what the spool holds: pins, and catches without a verdict."""
+        """The names and bytes of what the spool holds: pins, and catches that were not cut in the middle."""
         for path in sorted((self.root / HOME).glob("[cp]*/**/*.pt")):
-            yield "/".join(path.relative_to(self.root / HOME).parts[2:]), path.read_bytes()
+            _, folder, *name = path.relative_to(self.root / HOME).parts
+            if not folder.startswith("new-"):
+                yield "/".join(name), path.read_bytes()
 
     def break_disk(self, verbs: list[str], code: int = errno.ENOSPC) -> None:
         """Refuse these calls until it is mended."""
         self.hurt = dict.fromkeys(verbs, code)
-        self.was_hurt = True
+        self.was_hurt = self.ever_hurt = True
 
     def mend(self) -> None:
         """Refuse nothing."""
