@@ -559,4 +559,4 @@ def test_nothing_is_lost_or_torn_in_a_random_life() -> None:
 @pytest.mark.fault("A16", "E8", "E9")
 def test_nothing_is_lost_or_torn_in_many_random_lives() -> None:
     """The same over many and longer ones; a failure is made as short as it will be."""
-    live(1200, 50, shrink=True)
+    live(500, 50, shrink=True)
