@@ -90,6 +90,7 @@ class Judge:
         self.ids: dict[str, Id] = {}  # at each key
         self.highest: Id | None = None  # of all that was ever the newest in latest.json
         self.claims: list[tuple[int, Life]] = []
+        self.writers: dict[str, str] = {}  # the spool of whoever writes latest.json with that token
         self.meddled = False  # a person has deleted latest.json, and the fencing token with it
 
     @property
@@ -104,6 +105,8 @@ class Judge:
         """An object's id grows, and its bytes are those of a whole save."""
         if not key.startswith(PREFIX):
             self.world.complain(f"{key} lies outside")
+        if key == LATEST:
+            self.before_swap(parse(body, prefix=PREFIX))
         if key == LATEST or HOME in key:
             return
         entry = described(ObjectRef(key, len(body), "", metadata=metadata), "x", 0)
@@ -113,6 +116,11 @@ class Judge:
             self.world.complain(f"the id at {key} falls from {self.ids[key]} to {entry.id}")
         else:
             self.ids[key] = entry.id
+
+    def before_swap(self, new: Manifest) -> None:
+        """Only the holder writes latest.json; a person who deletes it takes the holder's name away."""
+        if not self.meddled and (new.holder is None or new.holder.spool != self.writers[new.write]):
+            self.world.complain(f"{self.writers[new.write]} writes, and {new.holder} holds the prefix")
 
     def after_write(self, key: str, body: bytes) -> None:
         """All that latest.json lists is there, and its newest never goes back."""
@@ -284,7 +292,7 @@ class RandomLife(RuleBasedStateMachine):
         name=st.sampled_from(NAMES),
         size=st.sampled_from(SIZES),
         then=st.integers(1, 120),
-        what=st.sampled_from(("kill", "rewrite")),
+        what=st.sampled_from(("kill", "rewrite", "rewrite all")),
     )
     def save_and_disturb(self, which: int, name: str, size: int, *, then: int, what: str) -> None:
         """A save is followed by a crash somewhere on its way, or by the next one, in place."""
@@ -293,8 +301,10 @@ class RandomLife(RuleBasedStateMachine):
         if what == "kill" and node.living is not None:
             node.living.fuse = (then, what)
         self.world.steps(then)
-        if what == "rewrite":
+        if what != "kill":
             node.begin(name, size)
+            if what == "rewrite all":
+                node.finish(name)
             self.world.steps(then)
 
     @precondition(lambda self: self.here)
@@ -481,7 +491,8 @@ class RandomLife(RuleBasedStateMachine):
             body = self.judge.memory.body(PREFIX + name)
             later = not standing and order[name, body] > order[name, content]
             two = {by[name, body], by[name, content]} != {node.name}  # only ids order what two trainers save
-            newer = later or two
+            # A catch that the disk did not let be pinned is numbered by the next life, after what came later.
+            newer = later or two or (node.ever_hurt and not standing)
             assert body == content or newer, f"{name} is not durable: {short(content)}, but {short(body)}"
         else:
             keep = self.choices["keep_remote"]
