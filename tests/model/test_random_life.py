@@ -340,7 +340,8 @@ class RandomLife(RuleBasedStateMachine):
         """The job goes on on another node; the old one is lost, or its sidecar does not know yet."""
         if flip and self.judge.memory.abilities.checksum:  # else nobody can tell
             self.world.store.faults.append(Fault("flip", "flip", 1))
-        if self.here and (lose or self.alone or len(self.here) > 1):
+        only_one = self.alone or self.judge.meddled  # nothing tells two apart
+        if self.here and (lose or only_one or len(self.here) > 1):
             self.here[0].lose()
         self.new_node()
         self.world.steps(then)
