@@ -51,7 +51,7 @@ async def _restore(settings: Settings, spool: Spool, tell: Tell) -> tuple[Exit, 
             outcome = await restorer.restore(manifest)
         except NothingRestored as error:
             return Exit.NOTHING_RESTORED, {"outcome": "failed", "path": None, "error": str(error)}
-        except (BucketError, UnknownSchema, NoRoom) as error:
+        except (BucketError, UnknownSchema, NoRoom, OSError) as error:
             raise click.ClickException(str(error)) from None
     entry = outcome.entry
     return Exit.DURABLE, {

@@ -33,13 +33,36 @@ TRIES = 6  # about half a minute with full jitter; then the caller lets others g
 
 
 async def together(*work: Coroutine[None, None, None]) -> None:
-    """Run all of it; when one fails the others are cancelled, and that one's own error comes out."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            for each in work:
-                group.create_task(each)
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
+    """Run all of it; when one fails the others are cancelled, and that one's own error comes out.
+
+    But a cancel of the caller's comes out whatever fails just then. A task group raises the errors in its
+    place: whoever takes those for the bucket's trouble goes on, and never hears that it is over.
+    """
+    tasks = [asyncio.ensure_future(each) for each in work]
+    errors: list[BaseException] = []
+    cancelled = False
+
+    def cancel_all() -> None:
+        for each in tasks:
+            each.cancel()
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            errors.append(error)
+            cancel_all()
+
+    for each in tasks:
+        each.add_done_callback(ended)
+    while not all(each.done() for each in tasks):
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError:
+            cancelled = True
+            cancel_all()
+    if cancelled:
+        raise asyncio.CancelledError
+    if errors:
+        raise errors[0]
 
 
 class PatientBucket:

@@ -8,6 +8,7 @@ How it can go wrong, and what is done:
 - the watch dir has it already: verified and kept; has a torn file of that name: set aside, never deleted;
 - the trainer writes the same name meanwhile: its file stays;
 - a symlink is in the way, or what is no file stands at the name: nothing is touched, the next one;
+- the disk refuses: that says nothing about the checkpoint, and no older one is taken for it;
 - killed at any step: what had arrived lies out of sight, and the next start clears it.
 """
 
@@ -45,6 +46,10 @@ from ckpt_sidecar.manifest import Entry, Manifest, described
 from ckpt_sidecar.patience import together
 
 FETCHES = 3  # a key that is replaced under so many downloads in a row is passed over
+# What the disk says of one name, and of no other; anything else says nothing about the checkpoint.
+OF_THE_NAME = frozenset(
+    {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
+)
 READ_BYTES = 1024 * 1024  # a local file is verified in pieces of this many bytes
 
 
@@ -95,17 +100,19 @@ class Restorer:
         self._flaw_of = flaw_of
         self._seconds = seconds
         self._tell = tell
+        self._waiting: Iterable[Checkpoint] = ()
         self._stood: dict[str, File | None] = {}  # what stood at each name when the restore began
 
     async def restore(self, manifest: Manifest, waiting: Iterable[Checkpoint] = ()) -> Outcome:
         """Put the newest good checkpoint in place, or keep what is at least as new.
 
         `waiting` is what this spool holds and has not yet made durable. Raises NothingRestored when the
-        bucket has checkpoints and none is good; Unreachable and Denied when that is not known; NoRoom
-        when the disk is too small.
+        bucket has checkpoints and none is good; Unreachable, Denied and OSError when that is not known;
+        NoRoom when the disk is too small.
         """
         started = self._seconds()
         newest = manifest.newest
+        self._waiting = waiting
         self._stood = {each.name: self._landing.look(each.name) for each in manifest.checkpoints}
         held = max((each for each in waiting if self._stands(each)), key=lambda each: each.id, default=None)
         if held is not None and (newest is None or held.id > newest.id):
@@ -134,6 +141,11 @@ class Restorer:
         """Is the checkpoint's very file still in the watch dir under its name?"""
         return all(self._landing.look(file.name) == file for file in checkpoint.files)
 
+    def _is_newer(self, checkpoint: Checkpoint, entry: Entry) -> bool:
+        """Does a newer save stand under the entry's name, that this spool holds?"""
+        newer = checkpoint.name == entry.name and checkpoint.id > entry.id
+        return newer and self._stands(checkpoint)
+
     async def _try(self, entry: Entry) -> Outcome | None:
         """Restore this entry, or say why not and return None.
 
@@ -155,6 +167,8 @@ class Restorer:
                 raise NoRoom(
                     f"the checkpoint has {entry.size} bytes, and the disk is full: {error}"
                 ) from error
+            if isinstance(error, OSError) and error.errno not in OF_THE_NAME:
+                raise
             self._tell(FellBack(entry.id, entry.name, str(error)))
             return None
 
@@ -193,7 +207,8 @@ class Restorer:
                 flaw = await asyncio.to_thread(self._flaw_of, file, found.name)
             if flaw is not None:
                 raise Refused(f"the object is no whole checkpoint: {flaw}")
-            path = await asyncio.to_thread(self._place, incoming, found)
+            newer = any(self._is_newer(each, found) for each in self._waiting)  # it was taken up meanwhile
+            path = None if newer else await asyncio.to_thread(self._place, incoming, found)
         done = replace(found, objects=(ref,))
         adopted = done if found is not entry else None
         return Outcome(

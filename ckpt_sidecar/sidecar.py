@@ -281,8 +281,9 @@ class Sidecar:
         finally:
             for task in (working, stopping):
                 task.cancel()
-            with suppress(asyncio.CancelledError):
-                await working
+            await asyncio.wait({working})  # not `await working`: a cancel of ours is no cancel of the work
+            if not working.cancelled():
+                working.result()
 
     # --- work and drain ---
 

@@ -756,3 +756,24 @@ async def test_what_looks_whole_and_is_not_known_to_be_completed_is_said_at_the_
             end = await life.stop()
         assert end == End(Exit.NOT_DURABLE, "not durable at the drain deadline: open.pt")
         assert life.told.of(Drained) == [Drained(("open.pt",))]
+
+
+async def test_a_cancel_is_not_taken_for_the_end_of_the_work(tmp_path: Path, memory: MemoryBucket) -> None:
+    """While what was begun before ready is given up for a stop, the life itself may be cancelled."""
+    async with living(tmp_path, memory) as life:
+        giving_up, gone = asyncio.Event(), asyncio.Event()
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                giving_up.set()
+                await gone.wait()
+
+        running = asyncio.ensure_future(life.sidecar._unless_stopped(work()))
+        life.sidecar.stop.set()
+        await giving_up.wait()
+        running.cancel()
+        gone.set()
+        with pytest.raises(asyncio.CancelledError):
+            await running

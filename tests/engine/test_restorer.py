@@ -70,7 +70,12 @@ class Rig:
         self, *waiting: Checkpoint, tell: Callable[[Event], None] | None = None, workers: int = 2
     ) -> Outcome:
         """Restore."""
-        restorer = Restorer(
+        async with asyncio.timeout(60):
+            return await self.restorer(tell, workers=workers).restore(self.ledger.manifest, waiting)
+
+    def restorer(self, tell: Callable[[Event], None] | None = None, *, workers: int = 2) -> Restorer:
+        """Who restores from this bucket into this watch dir."""
+        return Restorer(
             self.bucket,
             self.landing,
             known=self.known,
@@ -80,8 +85,6 @@ class Rig:
             seconds=lambda: 0.0,
             tell=tell or self.told,
         )
-        async with asyncio.timeout(60):
-            return await restorer.restore(self.ledger.manifest, waiting)
 
     def files(self) -> dict[str, bytes]:
         """What stands in the watch dir, for everybody to see."""
@@ -452,6 +455,22 @@ async def test_what_the_trainer_writes_meanwhile_stays(rig: Rig) -> None:
 
 
 @pytest.mark.fault("F9")
+async def test_what_was_saved_just_before_and_is_taken_up_meanwhile_stays(rig: Rig) -> None:
+    """It stood there before anybody knew whether it is whole: once that is known it is not set aside."""
+    await rig.commit(1, "last.pt", b"restored")
+    newer = waiting(2, save(rig.root, "last.pt", b"the trainer's", at=50))
+    book: list[Checkpoint] = []
+
+    async def take_up() -> None:
+        book.append(newer)
+
+    rig.bucket.on("get_range", before=take_up)
+    assert (await rig.restorer().restore(rig.ledger.manifest, book)).word == "kept"
+    assert rig.files() == {"last.pt": b"the trainer's"}
+    assert (rig.hidden("aside"), rig.hidden("incoming")) == ([], [])
+
+
+@pytest.mark.fault("F9")
 async def test_a_file_that_changes_meanwhile_is_not_set_aside(rig: Rig) -> None:
     """A torn file is replaced by the trainer while the download runs: the trainer's stays."""
     await rig.commit(1, "last.pt", b"restored")
@@ -535,6 +554,22 @@ async def test_a_disk_that_fills_up_is_no_flaw_of_the_checkpoint(rig: Rig, call:
     assert rig.hidden("incoming") == []
 
 
+@pytest.mark.fault("E4", "F6")
+@pytest.mark.parametrize("call", ["create", "write_at", "link"])
+async def test_a_disk_that_fails_is_no_flaw_of_the_checkpoint(rig: Rig, call: str) -> None:
+    """An older one is not taken for it: once the disk has healed, the newest is restored."""
+    await rig.commit(1)
+    await rig.commit(2)
+    rig.disk.refuse[call] = rig.disk.refuse["rename"] = OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        await rig.restore()
+    assert (rig.fell_back, rig.told.of(Restored)) == ([], [])
+    assert rig.hidden("incoming") == []
+    rig.disk.refuse.clear()
+    await rig.restore()
+    assert rig.files() == {"2.pt": b"weights of 2"}
+
+
 async def test_a_restore_that_is_given_up_leaves_nothing_behind(rig: Rig) -> None:
     """Stopped in the middle of the download: no file under a final name, none out of sight."""
     await rig.commit(1)
@@ -567,6 +602,6 @@ async def test_a_file_that_could_not_be_placed_is_not_known(rig: Rig) -> None:
     """The next one that is restored, or saved, under that name is another."""
     await rig.commit(1, "x.pt")
     rig.disk.refuse = {"link": OSError(5, "EIO"), "rename": OSError(5, "EIO")}
-    with pytest.raises(NothingRestored):
+    with pytest.raises(OSError, match="EIO"):
         await rig.restore()
     assert rig.known == {}

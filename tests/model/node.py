@@ -74,6 +74,7 @@ class Mortal(Disk):
 
     def remove_tree(self, path: Path) -> None:
         self._ask("remove_tree")
+        self._life.node.about_to_release(path)
         super().remove_tree(path)
 
     def sync_dir(self, path: Path) -> None:
@@ -154,7 +155,7 @@ class Life:
             wall=it.wall,
             sleep=asyncio.sleep,
             chance=it.chance.random,
-            token=lambda: f"write-{next(it.numbers)}",
+            token=self._token,
         )
         wire = PatientBucket(
             simulated.Wire(it, self), sleep=asyncio.sleep, chance=it.chance.random, tell=self.tell
@@ -176,6 +177,11 @@ class Life:
         self.sidecar = sidecar
         self.running = self.loop.create_task(sidecar.run(_serve))
         it.alive.append(self)
+
+    def _token(self) -> str:
+        token = f"write-{next(self.world.numbers)}"
+        self.node.judge.writers[token] = self.spool.record.spool
+        return token
 
     # --- what happens to it ---
 
@@ -318,9 +324,10 @@ class Node:
         self.lost = False
         self.listener: Listener | None = None
         self.hurt: dict[str, int] = {}
-        self.was_hurt = False
+        self.was_hurt = self.ever_hurt = False
         self.writing: dict[str, Writing] = {}
         self.written: set[int] = set()  # inodes that the trainer itself has written
+        self.in_place: set[int] = set()  # inodes that were written more than once
         self.rotated: set[int] = set()  # inodes that had another name before
         root.mkdir()
         Node.at[root] = self
@@ -387,6 +394,7 @@ class Node:
             path.unlink()  # a pin under the old name would get the new one's bytes
         new = not path.exists()
         file = path.open("wb", buffering=0)
+        self.in_place.add(os.fstat(file.fileno()).st_ino)
         half = len(content) // 2
         file.write(content[:half])
         os.utime(file.fileno(), ns=self._moment("now"))
@@ -444,14 +452,16 @@ class Node:
                 yield path.relative_to(self.root).as_posix(), path
 
     def held(self) -> Iterator[tuple[str, bytes]]:
-        """The names and bytes of what the spool holds: pins, and catches without a verdict."""
+        """The names and bytes of what the spool holds: pins, and catches that were not cut in the middle."""
         for path in sorted((self.root / HOME).glob("[cp]*/**/*.pt")):
-            yield "/".join(path.relative_to(self.root / HOME).parts[2:]), path.read_bytes()
+            _, folder, *name = path.relative_to(self.root / HOME).parts
+            if not folder.startswith("new-"):
+                yield "/".join(name), path.read_bytes()
 
     def break_disk(self, verbs: list[str], code: int = errno.ENOSPC) -> None:
         """Refuse these calls until it is mended."""
         self.hurt = dict.fromkeys(verbs, code)
-        self.was_hurt = True
+        self.was_hurt = self.ever_hurt = True
 
     def mend(self) -> None:
         """Refuse nothing."""
@@ -465,6 +475,20 @@ class Node:
             name = path.relative_to(self.root).as_posix()
             if (name, path.read_bytes()) not in self.saves.durable:
                 self.world.complain(f"{name} is deleted, and was never durable")
+
+    def about_to_release(self, path: Path) -> None:
+        """The sidecar lets a pin go: what is durable, or was saved anew, or by another, under that name."""
+        pin = path.parent.name == "pins" and not self.choices["keep_remote"]  # else it may be skipped
+        files = [each for each in path.rglob("*.pt") if pin]
+        for file in files:
+            save = file.relative_to(path).as_posix(), file.read_bytes()
+            n = self.saves.order.get(save)
+            others = [each for each in self.saves.order if each[0] == save[0]]
+            newer = any(self.saves.order[it] > (n or 0) or self.saves.by[it] != self.name for it in others)
+            held = sum(each.samefile(file) for each in (self.root / HOME).glob("[cp]*/**/*.pt"))
+            held += file.stat().st_ino in self.in_place  # the trainer's own; what was sent is older
+            if n is not None and save not in self.saves.durable and not newer and held == 1:
+                self.world.complain(f"{save[0]} is let go, and is not durable")
 
     def claimed(self, life: Life, event: Claimed) -> None:
         self.judge.claimed(life, event)

@@ -42,6 +42,7 @@ T = TypeVar("T")
 BORN = 1_700_000_000 * 10**9  # ns since the epoch, when the world begins
 SPIN = 50_000  # so many steps without any time passing are no work any more
 WRITES = frozenset({"put", "create", "part", "complete", "delete"})
+CLEARING = frozenset({"abort", "list_uploads", "list_parts"})  # with these an upload is thrown away
 BEFORE = ("unreachable", "throttled", "denied", "conflict", "corrupt")  # nothing has happened
 AFTER = ("lost", "echo", "late")  # it happens, and the answer does not say so
 
@@ -207,7 +208,8 @@ class Store:
             if request.cut or (self._orderly and request.sender.dead):
                 return
             request.arrived = True
-            self.littered |= bool(request.fault) and request.verb in ("abort", "list_uploads")
+            self.littered |= bool(request.fault) and request.verb in CLEARING
+            self.littered |= (request.fault, request.verb) == ("denied", "put")  # the swap before an abort
             if request.fault in BEFORE:
                 self._reply(request, _error(request.fault))
             else:
@@ -339,7 +341,7 @@ class Wire:
         content = memoryview(arrived.content)[span.offset :]
         if self._world.store._fault("flip"):
             self._world.store.flipped += 1
-            content[-1] ^= 1
+            content[min(36, span.size - 1)] ^= 1  # in the data, where no format can tell
         sink.write_at(span.offset, content)
         return crc64(content)
 
