@@ -57,8 +57,9 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
 
     `leave` ends the process at once, with a code and a reason, where its end cannot be waited for.
     """
-    for number in _heard(ENDS):  # until the loop takes them; PID 1 would not even notice
-        signal.signal(number, _stopped_early)
+    early: list[int] = []  # what comes before the loop takes it; PID 1 would not even notice
+    for number in _heard(ENDS):
+        signal.signal(number, lambda number, _frame: early.append(number))
     try:
         outlet = Outlet(default_stream().fileno())
     except RuntimeError:
@@ -69,12 +70,20 @@ def run_daemon(settings: Settings, command: Sequence[str], leave: Callable[[int,
         leave(end.code, end.reason)
 
     try:
-        return _live(settings, command, log=opened_log(settings, outlet), leave=leave_now)
+        log = opened_log(settings, outlet)
+        return _live(settings, command, log=log, early=early, leave=leave_now)
     finally:
         outlet.settle(LAST_LINES_SECONDS)
 
 
-def _live(settings: Settings, command: Sequence[str], *, log: Log, leave: Callable[[End], None]) -> End:
+def _live(
+    settings: Settings,
+    command: Sequence[str],
+    *,
+    log: Log,
+    early: Sequence[int],
+    leave: Callable[[End], None],
+) -> End:
     threading.excepthook = log.thread_crashed
     book = Book()
     readers: list[Tell] = [with_progress(log.tell)]
@@ -92,6 +101,7 @@ def _live(settings: Settings, command: Sequence[str], *, log: Log, leave: Callab
                 book=book,
                 readers=readers,
                 tell=tell,
+                early=early,
                 leave=leave,
             )
             return asyncio.run(daemon)
@@ -125,10 +135,6 @@ def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
     return [each for each in signals if not (ignored and each is signal.SIGHUP)]
 
 
-def _stopped_early(number: int, _frame: object) -> None:
-    raise SystemExit(128 + number)
-
-
 async def _daemon(
     settings: Settings,
     command: Sequence[str],
@@ -137,6 +143,7 @@ async def _daemon(
     book: Book,
     readers: list[Tell],
     tell: Tell,
+    early: Sequence[int],
     leave: Callable[[End], None],
 ) -> End:
     metrics = Metrics(version=__version__, python=platform.python_version(), clock=time.time, book=book)
@@ -174,7 +181,7 @@ async def _daemon(
 
         beside = [web, notices] if settings.ec2_notices else [web]
         async with _no_bug_is_lost():
-            with _signals(sidecar, child):
+            with _signals(sidecar, child, early):
                 return await sidecar.run(*beside, child=child)
 
 
@@ -221,8 +228,11 @@ def _reachable(host: str) -> str:
 
 
 @contextmanager
-def _signals(sidecar: Sidecar, child: Child | None) -> Iterator[None]:
-    """The first stop signal drains, the second ends. A child gets them instead, and its end drains."""
+def _signals(sidecar: Sidecar, child: Child | None, early: Sequence[int]) -> Iterator[None]:
+    """The first stop signal drains, the second ends. A child gets them instead, and its end drains.
+
+    Those of `early` have come already.
+    """
     loop = asyncio.get_running_loop()
 
     def take(number: signal.Signals) -> None:
@@ -236,6 +246,8 @@ def _signals(sidecar: Sidecar, child: Child | None) -> Iterator[None]:
     taken = _heard(FORWARDED if child is not None else ENDS)
     for number in taken:
         loop.add_signal_handler(number, take, number)
+    for number in map(signal.Signals, early):
+        take(number)
     try:
         yield
     finally:

@@ -127,7 +127,8 @@ class Sidecar:
     async def run(self, *beside: Service, child: Child | None = None) -> End:
         """Live until stopped, or until the child has ended; `beside` run as long. Return how it ended."""
         async with asyncio.TaskGroup() as group:
-            services = [group.create_task(each(), name=each.__name__) for each in (*beside, self._overdue)]
+            services = [group.create_task(self._overdue(), name="overdue")]
+            services += [group.create_task(each(), name=each.__name__) for each in beside]
             try:
                 return await self._live(child)
             finally:
