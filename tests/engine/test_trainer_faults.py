@@ -25,6 +25,7 @@ import pytest
 from ckpt_sidecar.bucket import GIB, MAX_PARTS, MIB, Bucket, Condition, ObjectRef, Part, Source, Span, Upload
 from ckpt_sidecar.checkpoint import Changed, Committed, Id, Pinned
 from ckpt_sidecar.completion import Evidence
+from ckpt_sidecar.disk import files_below
 from ckpt_sidecar.events import Ignored, Moved, Progress, Rescanned, Torn, WatchLost
 from ckpt_sidecar.formats import Rules, flaw_of
 from ckpt_sidecar.landing import Landing
@@ -516,7 +517,7 @@ async def test_the_order_is_that_of_the_saves_whatever_the_trainers_clock_says(t
     for name, at in clock.items():
         place(tmp_path / name, archive(name), at=at)
     caught = it.spool.home / "caught"
-    while len([each for each in caught.rglob("*.pt") if not each.parts[-2].startswith("new-")]) < len(clock):
+    while len([each for each in files_below(caught) if not each.parts[-2].startswith("new-")]) < len(clock):
         await asyncio.sleep(0.01)  # all of them are found in one look
     async with it.working():
         await committed(it, *clock)

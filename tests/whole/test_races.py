@@ -321,7 +321,7 @@ def test_another_users_readable_files_are_served_through_a_descriptor(watch: Pat
         said = it.wait_said("pinned_by_descriptor", name="before.pt")
         assert said["reason"] == "no hard link could be made"
         (watch / "before.pt").unlink()
-        it.wait_ready()
+        it.wait_said("ready")
         assert [each["event"] for each in it.events()].index("pinned_by_descriptor") < [
             each["event"] for each in it.events()
         ].index("ready")
