@@ -22,7 +22,10 @@ SERVERS = {
 }
 PROOFS = ("tests/crash", "tests/model", "tests/whole/test_soak.py")
 ON_S3 = [pytest.param(kind, marks=pytest.mark.s3) for kind in SERVERS]
-ON_ONE = pytest.mark.parametrize("s3_endpoint", ON_S3[:1], indirect=True)  # what no store has a part in
+# What no store has a part in is played on one, the quickest; without that (beside Ceph alone) it is not.
+ON_ONE = pytest.mark.parametrize(
+    "s3_endpoint", [each for each in ON_S3[:1] if each.values[0] in ("moto", "localstack")], indirect=True
+)
 
 
 @pytest.fixture(autouse=True)
