@@ -18,7 +18,7 @@ SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test prove soak mutants fuzz check lock clean
+.PHONY: help install demo test stores prove soak mutants fuzz check lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand --tabs=10
@@ -45,6 +45,9 @@ demo: install ## a training job that is killed and resumes, all on this machine
 
 test: install ## the tests, against real S3 servers that need no root
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto,localstack $(VENV)/bin/python -m pytest $(SPREAD) -m 'not long' $(PYTEST_ARGS)
+
+stores: install ## the tests that need a store, against Ceph and rclone, as root on Debian
+	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 ceph,rclone $(VENV)/bin/python -m pytest $(SPREAD) -m 's3 and not long' $(PYTEST_ARGS)
 
 prove: install ## the tests that take longer: every crash point, every interleaving, storms
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 moto $(VENV)/bin/python -m pytest $(SPREAD) -m long $(PYTEST_ARGS)
