@@ -180,7 +180,7 @@ class Ledger:
 
     async def _swap_all(self, batch: list[_Turn]) -> None:
         for tries in range(1, SWAP_TRIES + 1):
-            self._check_fence()
+            self.check_fence()
             if await self._write(batch):
                 for each in batch:
                     each.done = True
@@ -233,7 +233,8 @@ class Ledger:
             return ours is not None and (theirs is None or theirs.id < ours.id)
         return found.generation < self.manifest.generation
 
-    def _check_fence(self) -> None:
+    def check_fence(self) -> None:
+        """Raise FencedOff when what we have seen last is another's."""
         seen = self.manifest
         ours = seen.generation < self.generation or seen.holder == self._holder
         if self._holder is not None and not ours:
@@ -336,7 +337,7 @@ class Ledger:
         if theirs.id.generation > self.generation:
             async with self._lock:
                 await self._look(token="")
-                self._check_fence()
+                self.check_fence()
         listed = self.manifest.entry_of(theirs.name)
         if listed is None or listed.id < theirs.id:
             await self.adopt(replace(theirs, stored_at=self._times.wall()))

@@ -205,6 +205,7 @@ class Pipeline:
                 self._wake()
 
     def _next(self) -> Step | None:
+        self._ledger.check_fence()  # what the holder has made durable is no reason to let a pin of ours go
         return next_step(
             self.book,
             busy=self._busy,

@@ -14,6 +14,7 @@ import pytest
 from ckpt_sidecar.bucket import MIB, Absent, Denied, Unreachable
 from ckpt_sidecar.checkpoint import Book, Committed, Id, Pinned, Skipped, Stored, Uploading
 from ckpt_sidecar.child import Child
+from ckpt_sidecar.disk import files_below
 from ckpt_sidecar.events import (
     Claimed,
     Deleted,
@@ -753,6 +754,8 @@ async def test_what_looks_whole_and_is_not_known_to_be_completed_is_said_at_the_
         with (tmp_path / "open.pt").open("wb") as writer:
             writer.write(b"weights")
             writer.flush()
+            while not list(files_below(life.spool.home / "caught")):  # the event has come
+                await asyncio.sleep(0.01)
             end = await life.stop()
         assert end == End(Exit.NOT_DURABLE, "not durable at the drain deadline: open.pt")
         assert life.told.of(Drained) == [Drained(("open.pt",))]
