@@ -663,11 +663,14 @@ def peak_rss(it: Daemon) -> int:
 @ON_ONE
 def test_fifty_thousand_durable_files_are_not_sent_again(watch: Path, target: Target) -> None:
     """A restart is ready soon, in little memory, and serves what is saved then."""
+    with daemon(watch, target) as it:
+        it.wait_durable("first.pt", save(watch / "first.pt", archive()))
+        assert it.stop() == 0
     files = old_files(watch)
     spool = Spool(watch)
-    spool.open(new_id="the last life's")
+    spool.open(new_id="another's")
     for n, file in enumerate(files, 1):
-        spool.known.settled(file, Id(1, n))
+        spool.known.settled(file, Id(0, n))  # older than the one that the manifest lists
     spool.close()
     with daemon(watch, target) as it:
         until(it.ready, seconds=200)
@@ -677,7 +680,7 @@ def test_fifty_thousand_durable_files_are_not_sent_again(watch: Path, target: Ta
         assert it.metrics()["ckpt_sidecar_uploaded_bytes_total"] == len(archive())
         assert peak_rss(it) < RSS_LIMIT
         assert it.stop() == 0
-    assert target.names() == {"new.pt"}
+    assert target.names() == {"first.pt", "new.pt"}
 
 
 @pytest.mark.long
