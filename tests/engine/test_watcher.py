@@ -1,6 +1,7 @@
 """Whatever a trainer completes arrives once, whole, from events or from the listing; nothing else does."""
 
 import asyncio
+import gc
 import io
 import itertools
 import os
@@ -772,6 +773,7 @@ async def test_a_stop_without_a_watch_directory_ends_too(tmp_path: Path) -> None
 
 
 async def test_closing_gives_back_threads_and_descriptors(tmp_path: Path) -> None:
+    gc.collect()  # what other tests have left may be given back meanwhile
     before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
         this = Rig(tmp_path, rules=SLOW, rescan_every=3600, events=True, already=())
