@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -156,9 +155,15 @@ class Uploader:
 
     async def _abort(self, checkpoint: Checkpoint, state: Uploading) -> None:
         for upload_id in filter(None, state.upload_ids):
-            with suppress(Missing):
-                await self._bucket.abort_multipart(Upload(self._prefix + checkpoint.name, upload_id))
+            await self._aborted(Upload(self._prefix + checkpoint.name, upload_id))
             await self._announcer.forget(upload_id)
+
+    async def _aborted(self, upload: Upload) -> None:
+        try:
+            await self._bucket.abort_multipart(upload)
+        except Missing as error:  # gone already; not so if it is the bucket that is said to be gone
+            if error.reason == "bucket":
+                raise
 
     def _move(self, checkpoint: Checkpoint, to: State) -> Checkpoint:
         moved = advance(checkpoint, to)
@@ -266,16 +271,24 @@ class Uploader:
         key, name = self._prefix + checkpoint.name, checkpoint.name
         try:
             for upload in await self._bucket.list_uploads(key) if key in self._doubtful else ():
-                with suppress(Missing):
-                    if not await self._bucket.list_parts(upload):
-                        await self._announcer.forget(upload.upload_id)  # first: it may be the next holder's
-                        await self._bucket.abort_multipart(upload)
-                        self._tell(UploadAborted(name, upload.upload_id))
+                if await self._parts_of(upload) == []:
+                    await self._announcer.forget(upload.upload_id)  # first: it may be the next holder's
+                    await self._aborted(upload)
+                    self._tell(UploadAborted(name, upload.upload_id))
         except (Denied, Refused) as error:  # then only the bucket's lifecycle rule can throw it away
             if error.reason == "credentials":  # they will be renewed
                 raise
             self._tell(Failed("upload", error.reason, name, str(error.args[0]), error.hint))
         self._doubtful.discard(key)
+
+    async def _parts_of(self, upload: Upload) -> list[Part] | None:
+        """Its parts; None when it is gone. Missing where the store says that, and lists it all the same."""
+        try:
+            return await self._bucket.list_parts(upload)
+        except Missing as error:
+            if error.reason == "bucket" or upload in await self._bucket.list_uploads(upload.key):
+                raise
+            return None
 
     async def _agreeing(self, job: _Job, upload: Upload, layout: Sequence[Span]) -> dict[int, Part]:
         """The parts that the bucket has and that agree with the local bytes, by number."""
