@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from ckpt_sidecar.checkpoint import Caught, File
-from ckpt_sidecar.completion import Candidate, Evidence, Seen, noticed
+from ckpt_sidecar.completion import Candidate, Evidence, Seen, completed_at, noticed
 from ckpt_sidecar.events import Event, Failed, Ignored, WatchLost
 from ckpt_sidecar.formats import Rules
 from ckpt_sidecar.names import flaw_of_name
 
+REMEMBERED = 10_000  # names
 Key = tuple[str, tuple[int, int]]  # name and inode
 
 
@@ -83,6 +84,26 @@ class Once:
         """A listing has ended, the next one begins."""
         self._met = {thing: n for thing, n in self._met.items() if n == self._listing}
         self._listing += 1
+
+
+class Taken:
+    """The save of each name that was taken last; for the last names only."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Hint] = {}
+
+    def note(self, hint: Hint) -> None:
+        """It is taken."""
+        self._last.pop(hint.caught.name, None)
+        self._last[hint.caught.name] = hint
+        if len(self._last) > REMEMBERED:
+            del self._last[next(iter(self._last))]
+
+    def later(self, hint: Hint, standing: tuple[int, int] | None, *, now: float, wall: float) -> bool:
+        """Was a later save of its name taken: what is `standing` there, or was completed after it?"""
+        last = self._last.get(hint.caught.name, hint)
+        ours, theirs = (completed_at(each.candidate, now=now, wall=wall) for each in (hint, last))
+        return last.key != hint.key and (last.caught.inode == standing or theirs > ours)
 
 
 class Inbox:

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from ckpt_sidecar.checkpoint import File
 
@@ -21,6 +21,15 @@ from ckpt_sidecar.checkpoint import File
 def file_of(name: str, status: os.stat_result) -> File:
     """The file of that name with this status."""
     return File(name, status.st_size, status.st_mtime_ns)
+
+
+def inode_of(path: Path) -> tuple[int, int] | None:
+    """Return the inode that the path leads to, None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def files_below(folder: Path) -> Iterator[Path]:
@@ -62,9 +71,14 @@ def leads_to(path: Path, file: BinaryIO) -> bool:
         return False
 
 
+def is_full(error: OSError) -> bool:
+    """Is it that the disk has no room, or no more of it for us?"""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def mend_of(error: OSError) -> str:
     """What to do about it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return "make room there"
     if error.errno == errno.EROFS:
         return "mount it writable"
@@ -81,6 +95,14 @@ def foreign(paths: Iterable[Path]) -> Path | None:
         if not ours and path.name != "lost+found":
             return path
     return None
+
+
+def _fill(file: IO[bytes], data: bytes, *, sync: bool) -> None:
+    file.write(data)
+    file.truncate()
+    file.flush()
+    if sync:
+        os.fsync(file.fileno())
 
 
 class Disk:
@@ -114,15 +136,22 @@ class Disk:
         finally:
             os.close(descriptor)
 
-    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
-        """Put `data` at `path`, atomically: a reader or a crash finds the old bytes or the new ones."""
+    def write_file(self, path: Path, data: bytes, *, sync: bool, in_place: bool = False) -> None:
+        """Put `data` at `path`, atomically: a reader or a crash finds the old bytes or the new ones.
+
+        With `in_place` a disk on which there is no room for both has the new ones over the old: then a power
+        loss may tear them.
+        """
         temporary = path.with_name(f"{path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        temporary.rename(path)
+        try:
+            with temporary.open("wb") as file:
+                _fill(file, data, sync=sync)
+            temporary.rename(path)
+        except OSError as error:
+            if not (in_place and is_full(error) and path.exists()):
+                raise
+            with path.open("r+b", buffering=0) as file:
+                _fill(file, data, sync=sync)
 
     def append(self, path: Path, data: bytes) -> None:
         """Add `data` at the end of the file."""

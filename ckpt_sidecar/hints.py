@@ -21,6 +21,7 @@ from typing import Protocol
 from watchdog.observers.inotify_c import CallbackId, InotifyEvent, InotifyFD, Mask, WatchDescriptor
 
 from ckpt_sidecar.completion import Evidence, Seen
+from ckpt_sidecar.disk import inode_of
 
 IN_CLOSE_WRITE = 0x8
 IN_MOVED_TO = 0x80
@@ -248,15 +249,6 @@ class Tree:
                     self._inotify.remove_callbacks([stale])
         if not moved.name:
             self._listener.lost("the watch directory was moved away")
-
-
-def inode_of(path: Path) -> tuple[int, int] | None:
-    """Return the inode that the path leads to, None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _everything(_name: str) -> bool:

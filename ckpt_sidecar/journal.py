@@ -1,4 +1,4 @@
-"""What the spool writes down, as JSON, and reads back: its record of itself, an entry for each pin."""
+"""What the spool writes down, as JSON, and reads back: its record of itself, pins and their entries."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id, Pinned, State, Uploading
+from ckpt_sidecar.disk import Disk, file_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +124,45 @@ def catch_name(inode: tuple[int, int], name: str) -> str:
     return f"{inode[0]:x}-{inode[1]:x}-{crc64(os.fsencode(name)):x}"
 
 
-def caught_below(folder: Path) -> tuple[list[Caught], list[Path]]:
-    """Return what is held there without a verdict, and what is left of catches that were cut."""
-    held, left_over = [], []
-    for each in folder.iterdir():
-        files = [file for file in each.rglob("*") if file.is_file()]
-        if each.name.startswith("new-") or len(files) != 1:
-            left_over.append(each)
-            continue
+# --- what a predecessor left -------------------------------------------------------------------------
+
+
+def read_back(pins: Path, caught: Path, disk: Disk) -> Recovered:
+    """Read what is pinned and caught there, the oldest pin first; remove what has no bytes any more."""
+    found = Recovered()
+    for id_, path in pin_dirs(pins):
+        _read_pin(id_, path, found, disk=disk)
+    for path in pins.glob("*.json*"):
+        if path.suffix == ".tmp":
+            disk.unlink(path)
+        elif not path.with_suffix("").is_dir():
+            found.broken.append((str(path), "has no pin any more: its bytes were removed from this disk"))
+            disk.unlink(path)
+    for path in caught.iterdir():
+        _read_catch(path, found, disk)
+    return found
+
+
+def _read_pin(id_: Id, path: Path, found: Recovered, *, disk: Disk) -> None:
+    files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    if not files:  # its bytes were removed; what is said of them is in the entry
+        disk.remove_tree(path)
+    elif len(files) > 1:
+        found.broken.append((str(path), f"holds {len(files)} files, not one; it is left as it is"))
+    else:
+        now = file_of(str(files[0].relative_to(path)), files[0].stat())
+        bare = Checkpoint(id_, now.name, (now,), now.mtime_ns)
+        checkpoint, complaint = read_entry(path.with_name(f"{id_}.json"), bare)
+        if complaint is not None:
+            found.broken.append((f"{path}.json", complaint))
+        found.checkpoints.append(checkpoint)
+
+
+def _read_catch(path: Path, found: Recovered, disk: Disk) -> None:
+    files = [file for file in path.rglob("*") if file.is_file()]
+    if path.name.startswith("new-") or len(files) != 1:  # a catch that was cut
+        disk.remove_tree(path)
+    else:
         status = files[0].stat()
-        name = str(files[0].relative_to(each))
-        held.append(Caught(name, (status.st_dev, status.st_ino), str(files[0])))
-    return held, left_over
+        name = str(files[0].relative_to(path))
+        found.caught.append(Caught(name, (status.st_dev, status.st_ino), str(files[0])))

@@ -42,6 +42,11 @@ class Known:
         """The newest checkpoint that we know to have been committed, whatever became of its file."""
         return self._newest[1] if self._newest else None
 
+    @property
+    def newest_mtime_ns(self) -> int:
+        """When that one was saved, in ns since the epoch; 0 where none is known."""
+        return self._newest[0].mtime_ns if self._newest else 0
+
     def read(self) -> list[Id]:
         """Read the table back, and write it anew without what is gone; return all the ids that it had."""
         text = ""

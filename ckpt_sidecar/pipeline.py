@@ -286,6 +286,9 @@ class Pipeline:
         await self._release(checkpoint, durable_as=durable_as)
 
     async def _take_up_again(self, checkpoint: Checkpoint) -> None:
+        if any(each.id > checkpoint.id for each in self.book.named(checkpoint.name)):
+            await self._release(checkpoint, durable_as=None)  # else it would be numbered after that one
+            return
         self._forget_times(checkpoint.id)
         caught = await asyncio.to_thread(self._spool.reconsider, checkpoint)
         if caught is not None:

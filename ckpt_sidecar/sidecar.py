@@ -20,6 +20,7 @@ from enum import IntEnum
 from ckpt_sidecar.bucket import PART_BYTES, BucketError, Refused, Upload
 from ckpt_sidecar.checkpoint import Book, Uploading
 from ckpt_sidecar.child import Child
+from ckpt_sidecar.disk import mend_of
 from ckpt_sidecar.document import UnknownSchema
 from ckpt_sidecar.events import Drained, Draining, Event, Failed, Interruption, NotReady, Probed, Ready
 from ckpt_sidecar.formats import Rules, flaw_of
@@ -221,14 +222,17 @@ class Sidecar:
     def _say_not_ready(self, error: Exception) -> None:
         where = f"s3://{self._settings.bucket}/{self._settings.prefix}"
         reason = error.reason if isinstance(error, BucketError | UnknownSchema) else "disk"
-        hint = error.hint if isinstance(error, BucketError | UnknownSchema) else ""
+        hint = mend_of(error) if isinstance(error, OSError) else getattr(error, "hint", "")
         self._world.tell(Failed("start", reason, where, str(error), hint))
         self._not_ready = str(error)
         self._world.tell(NotReady(self._not_ready))
 
     async def _claim(self) -> None:
-        if self._ledger.generation:
-            return
+        generation = self._ledger.generation or await self._claim_next()
+        # Before anything is sent by it: else what the next life finds would be numbered before that.
+        await asyncio.to_thread(self._spool.claimed, generation=generation, attempt=self._holder.attempt)
+
+    async def _claim_next(self) -> int:
         settings, record = self._settings, self._spool.record
         bucket = self._world.bucket
         abilities = await bucket.probe(f"{settings.prefix}{HOME}/probe-{record.spool}")
@@ -238,14 +242,13 @@ class Sidecar:
                 "this store has no conditional writes, so two sidecars at once could not notice each other",
                 hint="use a store that has them, or say --allow-unfenced",
             )
-        generation = await self._ledger.claim(
+        return await self._ledger.claim(
             self._holder,
             claimed_in=self._claimed_in,
             at_least=record.generation,
             durable=self._spool.known.newest,
             take_over=settings.take_over,
         )
-        await asyncio.to_thread(self._spool.claimed, generation=generation, attempt=self._holder.attempt)
 
     async def _restore(self) -> None:
         states = [each.state for each in self._pipeline.book]

@@ -35,6 +35,7 @@ from ckpt_sidecar.disk import (
     PinnedFile,
     file_of,
     foreign,
+    inode_of,
     leads_to,
     locked,
     mend_of,
@@ -44,12 +45,11 @@ from ckpt_sidecar.journal import (
     Record,
     Recovered,
     catch_name,
-    caught_below,
     dump_entry,
     load_record,
     pid_of,
     pin_dirs,
-    read_entry,
+    read_back,
     read_json,
 )
 from ckpt_sidecar.known import Known
@@ -79,6 +79,7 @@ class Spool:
         self._sequence = 0
         self._held: dict[tuple[tuple[int, int], str], int] = {}
         self._pinned_descriptors: dict[Id, int] = {}
+        self._numbered: dict[tuple[tuple[int, int], str], tuple[File, Id]] = {}  # and could not be pinned yet
         self.known = Known(root, self.home, self.disk)
 
     # --- opening ---
@@ -168,12 +169,12 @@ class Spool:
     def _save(self, **changes: Any) -> None:
         record = replace(self.record, **changes)
         data = json.dumps({"schema": 1} | asdict(record)).encode()
-        self.disk.write_file(self.home / "spool.json", data, sync=True)
+        self.disk.write_file(self.home / "spool.json", data, sync=True, in_place=True)
         self.disk.sync_dir(self.home)
         self.record = record
 
     def claimed(self, *, generation: int, attempt: str) -> None:
-        """Note the claim that has succeeded; where the disk does not take it, at least until the end."""
+        """Note the claim that has succeeded; OSError where a restart could not know of it."""
         with self._mutex:
             self.record = replace(self.record, generation=generation, attempt=attempt)
             self._save()
@@ -183,11 +184,11 @@ class Spool:
         with self._mutex:
             self._save(address=address, pid=pid)
 
-    def _next_id(self) -> Id:
+    def _next_id(self, *, before_all: bool = False) -> Id:
         if self._sequence == self.record.counter:
             self._save(counter=self._sequence + RESERVE)  # on the disk first: no id is ever given twice
         self._sequence += 1
-        if self.record.generation:
+        if self.record.generation and not before_all:
             return Id(self.record.generation, self._sequence)
         # Generation 0 is nobody's own: every new spool numbers in it before its first claim.
         return Id(0, crc64(self.record.spool.encode()) % 10**8 * OWN + self._sequence)
@@ -245,6 +246,7 @@ class Spool:
     def let_go(self, caught: Caught) -> None:
         """Hold the file no longer."""
         with self._mutex:
+            self._numbered.pop((caught.inode, caught.name), None)
             if caught.path is not None:
                 self.disk.remove_tree(self._caught / catch_name(caught.inode, caught.name))
             elif self._held.pop((caught.inode, caught.name), None) is not None:
@@ -290,14 +292,19 @@ class Spool:
         return pinned, failed
 
     def _pin(self, caught: Caught, file: File) -> Checkpoint:
-        checkpoint = Checkpoint(self._next_id(), file.name, (file,), file.mtime_ns)
+        key = caught.inode, caught.name
+        numbered, id_ = self._numbered.get(key, (None, None))
+        id_ = id_ if id_ and numbered == file else self._next_id()
+        self._numbered[key] = file, id_  # should it fail now, others must not come before it
+        checkpoint = Checkpoint(id_, file.name, (file,), file.mtime_ns)
         if caught.path is not None:
             held = self._caught / catch_name(caught.inode, caught.name)
             self.disk.rename(held, self._pins / str(checkpoint.id))
             with suppress(OSError):  # on a full disk the pin alone tells all that a restart needs
                 self._write_entry(checkpoint, sync=False)
         else:
-            self._pinned_descriptors[checkpoint.id] = self._held.pop((caught.inode, caught.name))
+            self._pinned_descriptors[checkpoint.id] = self._held.pop(key)
+        del self._numbered[key]
         self.known.taken(file)
         return checkpoint
 
@@ -347,7 +354,8 @@ class Spool:
                 self.disk.remove_tree(folder)
             else:
                 self.disk.rename(folder, settled)
-        self.disk.unlink(self._pins / f"{checkpoint.id}.json")
+        with suppress(OSError):  # the next start will find it, and that it has no pin
+            self.disk.unlink(self._pins / f"{checkpoint.id}.json")
         return Caught(name, inode, str(settled / name))
 
     @contextmanager
@@ -365,34 +373,17 @@ class Spool:
             pinned.close()
 
     def recover(self) -> Recovered:
-        """Read back what a predecessor left: pins with their journal, catches without a verdict."""
-        found = Recovered()
-        for id_, path in pin_dirs(self._pins):
-            files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
-            if not files:  # its bytes were removed; what is said of them is in the entry
-                self.disk.remove_tree(path)
-                continue
-            if len(files) != 1:
-                found.broken.append((str(path), f"holds {len(files)} files, not one; it is left as it is"))
-                continue
-            now = file_of(str(files[0].relative_to(path)), files[0].stat())
-            bare = Checkpoint(id_, now.name, (now,), now.mtime_ns)
-            checkpoint, complaint = read_entry(self._pins / f"{id_}.json", bare)
-            if complaint is not None:
-                found.broken.append((f"{path}.json", complaint))
-            found.checkpoints.append(checkpoint)
-            self.known.taken(checkpoint.files[0])
-        self._recover_lost(found)
-        held, left_over = caught_below(self._caught)
-        found.caught += held
-        for path in left_over:
-            self.disk.remove_tree(path)
-        return found
+        """Read back what a predecessor left: pins with their journal, catches without a verdict.
 
-    def _recover_lost(self, found: Recovered) -> None:
-        for path in self._pins.glob("*.json*"):
-            if path.suffix == ".tmp":
-                self.disk.unlink(path)
-            elif not path.with_suffix("").is_dir():
-                found.broken.append((str(path), "has no pin any more: its bytes were removed from this disk"))
-                self.disk.unlink(path)
+        A catch that no name leads to, older than the newest that is pinned or durable, is one that the disk
+        did not let be pinned, or be given back: it will be numbered before whatever a claim has numbered.
+        """
+        found = read_back(self._pins, self._caught, self.disk)
+        for checkpoint in found.checkpoints:
+            self.known.taken(checkpoint.files[0])
+        newest = max([self.known.newest_mtime_ns, *(each.saved_at for each in found.checkpoints)])
+        for caught in found.caught:
+            file = file_of(caught.name, Path(str(caught.path)).stat())
+            if file.mtime_ns < newest and inode_of(self.root / caught.name) != caught.inode:
+                self._numbered[caught.inode, caught.name] = file, self._next_id(before_all=True)
+        return found

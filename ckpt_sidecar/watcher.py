@@ -19,12 +19,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, Once, printable, unreadable
+from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, Once, Taken, printable, unreadable
 from ckpt_sidecar.checkpoint import Caught, File
 from ckpt_sidecar.completion import Candidate, Evidence, Seen, Verdict, completed_at, judge, merge
+from ckpt_sidecar.disk import inode_of
 from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
 from ckpt_sidecar.formats import Look, Rules, look_at
-from ckpt_sidecar.hints import Tree, explain, inode_of, walk
+from ckpt_sidecar.hints import Tree, explain, walk
 
 _PAUSE = 0.1  # seconds, the least between two listings that there is a reason for
 _CHUNK = 500  # files that are listed, or looked at, between two looks at what else has happened
@@ -91,7 +92,8 @@ class Watcher:
         self._tree_inode: tuple[int, int] | None = None
         self._listing: _Listing | None = None
         self._next_listing = self._last_listing = clock()
-        self._torn, self._told, self._unreadable, self._taken = Once(), Once(), Once(), Once()
+        self._torn, self._told, self._unreadable = Once(), Once(), Once()
+        self._taken = Taken()
         self._lost, self._wall = "", wall
         self._already = already
 
@@ -278,7 +280,6 @@ class Watcher:
             self._torn.listed()
             self._told.listed()
             self._unreadable.listed()
-            self._taken.listed()
             if listing.reason == "rewatch":
                 self._lost = ""
             took = now - listing.began
@@ -290,7 +291,6 @@ class Watcher:
         n = 0
         for n, seen in enumerate(islice(listing.seen, _CHUNK), 1):  # noqa: B007
             listing.files += not seen.link
-            self._taken.meet((seen.name, seen.inode))
             if (seen.name, seen.inode, seen.size, seen.mtime_ns) in self._torn:
                 continue
             new = self._inbox.take_in(seen, Evidence.FOUND)
@@ -315,7 +315,7 @@ class Watcher:
             verdict = self._decide(hint, sight)
             if verdict is Verdict.TAKE and isinstance(sight, _Sight):
                 found.append(Found(hint.caught, sight.file))
-                self._taken.first((hint.caught.name, hint.caught.inode))
+                self._taken.note(hint)
             elif verdict is Verdict.TORN:
                 dropped.append(hint.caught)
             if verdict is not Verdict.WAIT:
@@ -379,7 +379,9 @@ class Watcher:
         file = sight.file
         stands = sight.standing == hint.caught.inode
         version = (name, hint.caught.inode, file.size, file.mtime_ns)
-        overtaken = not stands and (name, sight.standing) in self._taken  # by a newer save of its name
+        overtaken = not stands and self._taken.later(
+            hint, sight.standing, now=self._clock(), wall=self._wall()
+        )
         if overtaken or self._known(file) or version in self._torn:
             return Verdict.TORN
         verdict, candidate = judge(

@@ -256,11 +256,11 @@ class Hurt(Disk):
         self._ask("rename")
         super().rename(source, target)
 
-    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
+    def write_file(self, path: Path, data: bytes, *, sync: bool, in_place: bool = False) -> None:
         """As on any disk; refused for all files, or for those whose name ends as said."""
         self._ask("write_file")
         self._ask(f"write_file {path.name}")
-        super().write_file(path, data, sync=sync)
+        super().write_file(path, data, sync=sync, in_place=in_place)
 
     def append(self, path: Path, data: bytes) -> None:
         """As on any disk."""

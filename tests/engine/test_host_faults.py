@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -19,7 +20,7 @@ from ckpt_sidecar import sidecar as sidecar_module
 from ckpt_sidecar.bodies import started
 from ckpt_sidecar.checkpoint import Checkpoint, Committed, File
 from ckpt_sidecar.disk import PinnedFile
-from ckpt_sidecar.events import Drained, Failed, Fenced, Rescanned, WatchLost
+from ckpt_sidecar.events import Drained, Failed, Fenced, Ready, Rescanned, WatchLost
 from ckpt_sidecar.sidecar import End, Exit, Sidecar
 from ckpt_sidecar.spool import Spool
 from tests.engine.support import SECOND, Hurt, descriptors, listed, manifest_in, opened_spool, pin, save
@@ -158,6 +159,30 @@ async def test_on_a_disk_that_has_become_read_only_what_is_there_is_still_made_d
         assert (await life.stop()).code == Exit.DURABLE
         assert life.pins == []
     assert listed(memory) == ["1-2 last.pt", "1-1 large.pt"]
+
+
+@pytest.mark.fault("E4", "E5")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+async def test_nobody_trains_before_the_disk_has_taken_the_claim(
+    tmp_path: Path, memory: MemoryBucket, code: int
+) -> None:
+    """Else the next life would number what it finds before what this one has made durable."""
+    async with living(tmp_path / "a", memory) as life:
+        life.spool.disk = disk = Broken()
+        disk.refuse["write_file spool.json"] = OSError(code, os.strerror(code))
+        life.start()
+        await life.told.until(life.not_ready)
+        assert life.told.of(Failed)[0].hint in (
+            "make room there",
+            "look at the disk, and at the kernel's log",
+        )
+        await life.save("last.pt", b"weights")
+        assert memory.objects.keys() == {"job/latest.json"}
+        disk.refuse.clear()
+        await life.told.until(life.committed("last.pt"))
+        assert life.told.of(Ready)
+        assert json.loads((life.spool.home / "spool.json").read_bytes())["generation"] == 1
+    assert manifest_in(memory).generation == 1
 
 
 # --- a thread that hears nothing ---------------------------------------------------------------------------

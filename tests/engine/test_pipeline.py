@@ -13,6 +13,7 @@ import pytest
 from ckpt_sidecar.bucket import MIB, Absent, Bucket, Conflict, Denied, ObjectRef, Unreachable
 from ckpt_sidecar.checkpoint import (
     Book,
+    Changed,
     Checkpoint,
     Committed,
     File,
@@ -419,6 +420,26 @@ async def test_bytes_that_change_are_taken_up_again(line: Make) -> None:
         assert it.pins == []
 
 
+@pytest.mark.fault("A7")
+async def test_a_save_that_came_while_the_one_before_it_changed_is_not_put_behind_it(line: Make) -> None:
+    """Rewritten under its upload, replaced, deleted: what stood there last is what is durable in the end."""
+    async with line(workers=1) as it:
+        await it.save("last.pt", LARGE)
+        gate = it.steps.hold("part", "last.pt")
+        async with it.working():
+            await gate.reached.wait()
+            with (it.root / "last.pt").open("r+b") as file:
+                file.write(b"changed")
+            await it.save("last.pt", b"newer", at=1)
+            (it.root / "last.pt").unlink()
+            gate.opened.set()
+            await it.told.until(it.committed("last.pt"))
+        assert it.fates(Changed) == ["last.pt"]
+        assert it.body("last.pt") == b"newer"
+        assert it.memory.uploads == {}
+        assert it.pins == []
+
+
 @pytest.mark.fault("B3")
 async def test_a_spool_that_somebody_removed_costs_no_file_that_stands(line: Make) -> None:
     """The pin is gone, the trainer's file is not: that is taken up in its place, and it is said."""
@@ -511,6 +532,64 @@ async def test_a_pin_that_was_rewritten_and_has_lost_its_entry_is_judged_anew(li
         assert [path.name for path in (it.spool.home / "caught").rglob("*.pt")] == ["x.pt"]
         await after.drain()
         assert it.memory.objects.keys() == {LATEST}
+        after.spool.close()
+
+
+async def unpinned(it: Line, name: str) -> Found:
+    """Save a file that the disk does not let be pinned."""
+    file = save(it.root, name, b"older")
+    caught = it.spool.catch(name)
+    assert caught is not None
+    it.disk.refuse["rename"] = OSError(28, "no space left on device")
+    await it.pipeline.pin([Found(caught, file)])
+    it.disk.refuse.clear()
+    return Found(caught, file)
+
+
+@pytest.mark.fault("E4")
+async def test_what_the_disk_let_be_pinned_late_keeps_its_place(line: Make) -> None:
+    """A newer save was pinned meanwhile: that one stays the newest."""
+    async with line() as it:
+        old = await unpinned(it, "old.pt")
+        await it.save("new.pt", at=1)
+        await it.pipeline.pin([old])
+        await it.drain()
+        assert listed(it.memory) == ["1-2 new.pt", "1-1 old.pt"]
+
+
+@pytest.mark.fault("E4")
+@pytest.mark.parametrize("name", ["old.pt", "last.pt"])
+async def test_what_a_life_could_not_pin_is_not_the_newest_of_the_next(line: Make, name: str) -> None:
+    """Held, never pinned, and deleted by the trainer: it comes before what was durable by then."""
+    async with line() as it:
+        await unpinned(it, name)
+        await it.save("last.pt", b"newer", at=1)
+        await it.drain()
+        (it.root / "last.pt").unlink()
+        (it.root / "old.pt").unlink(missing_ok=True)
+        after = await restarted(it)
+        await after.drain()
+        assert [each.name for each in manifest_in(it.memory).checkpoints] == [
+            *dict.fromkeys(["last.pt", name])
+        ]
+        assert it.body("last.pt") == b"newer"
+        assert name == "last.pt" or it.body(name) == b"older"
+        assert after.pins == []
+        assert list((it.spool.home / "caught").iterdir()) == []
+        after.spool.close()
+
+
+async def test_what_was_caught_last_is_the_newest_although_it_is_gone(line: Make) -> None:
+    """Killed before it was pinned, and deleted by the trainer: it is newer than all that was durable."""
+    async with line() as it:
+        await it.save("old.pt")
+        await it.drain()
+        save(it.root, "new.pt", b"newer", at=1)
+        assert it.spool.catch("new.pt")
+        (it.root / "new.pt").unlink()
+        after = await restarted(it)
+        await after.drain()
+        assert [each.name for each in manifest_in(it.memory).checkpoints] == ["new.pt", "old.pt"]
         after.spool.close()
 
 

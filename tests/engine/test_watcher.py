@@ -19,9 +19,9 @@ import torch
 
 from ckpt_sidecar import watcher
 from ckpt_sidecar.checkpoint import Caught, File
+from ckpt_sidecar.disk import inode_of
 from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
 from ckpt_sidecar.formats import Rules
-from ckpt_sidecar.hints import inode_of
 from ckpt_sidecar.watcher import Found, Watcher
 
 QUICK = Rules(settle=0.1, patience=0.4)
@@ -325,6 +325,21 @@ async def test_a_save_that_was_replaced_does_not_come_after_the_one_in_its_place
         assert await this.until("last.pt") == ["last.pt"]
         assert await this.rest() == []
         assert {each.size for each in this.known} == {(tmp_path / "last.pt").stat().st_size}
+        assert this.holds.names() == ["last.pt"]
+
+
+async def test_a_save_that_was_replaced_does_not_come_after_one_that_is_gone(tmp_path: Path) -> None:
+    """Its writer has yet to close it when a whole one takes its name, is taken up, and is deleted at once."""
+    async with rig(tmp_path, rules=Rules(settle=0.3, patience=0.5)) as this:
+        with (tmp_path / "last.pt").open("wb") as file:
+            file.write(archive(1, size=10))
+            file.flush()
+            while not this.holds.names():
+                await asyncio.sleep(0.01)
+            place(tmp_path / "last.pt", archive(2, size=20))
+            assert await this.until("last.pt") == ["last.pt"]
+            (tmp_path / "last.pt").unlink()
+            assert await this.rest() == []
         assert this.holds.names() == ["last.pt"]
 
 

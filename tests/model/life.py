@@ -97,9 +97,9 @@ class Unsynced(Disk):
     def sync_dir(self, path: Path) -> None:
         """Not needed."""
 
-    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
+    def write_file(self, path: Path, data: bytes, *, sync: bool, in_place: bool = False) -> None:
         """Write, but wait for nothing."""
-        super().write_file(path, data, sync=False)
+        super().write_file(path, data, sync=False, in_place=in_place)
 
 
 def freeze(root: Path) -> Tree:

@@ -81,9 +81,9 @@ class Mortal(Disk):
         self._ask("sync_dir")
         super().sync_dir(path)
 
-    def write_file(self, path: Path, data: bytes, *, sync: bool) -> None:
+    def write_file(self, path: Path, data: bytes, *, sync: bool, in_place: bool = False) -> None:
         self._ask("write_file")
-        super().write_file(path, data, sync=sync)
+        super().write_file(path, data, sync=sync, in_place=in_place)
 
     def append(self, path: Path, data: bytes) -> None:
         self._ask("append")

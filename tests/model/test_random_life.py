@@ -492,9 +492,9 @@ class RandomLife(RuleBasedStateMachine):
             body = self.judge.memory.body(PREFIX + name)
             later = not standing and order[name, body] > order[name, content]
             two = {by[name, body], by[name, content]} != {node.name}  # only ids order what two trainers save
-            # A catch that the disk did not let be pinned is numbered by the next life, after what came later.
-            newer = later or two or (node.ever_hurt and not standing)
-            assert body == content or newer, f"{name} is not durable: {short(content)}, but {short(body)}"
+            assert body == content or later or two, (
+                f"{name} is not durable: {short(content)}, but {short(body)}"
+            )
         else:
             keep = self.choices["keep_remote"]
             assert keep and len(seen.checkpoints) >= keep, f"{name} is not durable: {short(content)}"

@@ -589,6 +589,32 @@ def test_on_a_disk_without_a_byte_left_what_is_whole_is_pinned_and_sent(
     assert target.names() == {"big.pt", "small.pt", "after.pt"}
 
 
+@pytest.mark.long
+@pytest.mark.fault("E4")
+@ON_ONE
+def test_on_a_disk_without_a_byte_left_a_restart_sends_what_is_there(
+    tmp_path: Path, watch: Path, target: Target, mounts: Mounts
+) -> None:
+    """The trainer has filled it, and somebody restarts the pod: what is whole is durable, and makes room."""
+    inside = mounts.path(watch)
+    mounts.tmpfs(watch, "size=32m")
+    with daemon(inside, target, before=mounts.enter, log=tmp_path / "log") as it:
+        it.wait_ready()
+        it.process.kill()
+        it.process.wait()
+    big = save(inside / "big.pt", os.urandom(20 * MIB))
+    small = save(inside / "small.pt", archive("small"))
+    fill(inside / "filled")
+    with daemon(inside, target, "--keep-local", "1", before=mounts.enter, log=tmp_path / "again") as it:
+        it.wait_durable("big.pt", big)
+        it.wait_durable("small.pt", small)
+        it.wait_ready()
+        it.wait_said("deleted", name="big.pt")
+        assert it.stop() == 0
+    assert free(inside) >= 20 * MIB
+    assert target.listed() == ["small.pt", "big.pt"]
+
+
 @pytest.mark.fault("E4")
 @ON_ONE
 def test_on_a_disk_without_an_inode_left_a_descriptor_holds_what_is_sent(
