@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_sidecar.formats import Look, flaw_of, look_at
+from tests.fuzz.fuzz_formats import Counted
 
 MIB = 1 << 20
 
@@ -166,20 +167,6 @@ def test_a_save_that_covers_only_a_part_of_an_older_one_is_not_whole() -> None:
 
 
 # --- made to hurt --------------------------------------------------------------------------------------
-
-
-class Counted(io.BytesIO):
-    """A file that counts what is read of it."""
-
-    reads = 0
-    read_bytes = 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Count it."""
-        data = super().read(size)
-        self.reads += 1
-        self.read_bytes += len(data)
-        return data
 
 
 def cost(data: bytes) -> tuple[str | None, int, int, int]:

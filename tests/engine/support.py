@@ -236,46 +236,79 @@ def _raising(error: Exception) -> Callable[[], Awaitable[None]]:
 # --- a disk that fails when told to ------------------------------------------------------------------
 
 
-class Hurt(Disk):
-    """The real file system, but for the calls in `refuse`, which raise that."""
+class Asking(Disk):
+    """The real file system, but each call is asked for first; `asked` may raise in its place."""
 
-    def __init__(self) -> None:
-        self.refuse: dict[str, OSError] = {}
+    def asked(self, call: str, path: Path) -> None:
+        """May it be done?"""
 
-    def _ask(self, call: str) -> None:
-        if call in self.refuse:
-            raise self.refuse[call]
+    def make_dir(self, path: Path, *, mode: int = 0o700) -> None:
+        """As on any disk."""
+        self.asked("make_dir", path)
+        super().make_dir(path, mode=mode)
 
     def link(self, source: Path, target: Path) -> None:
         """As on any disk."""
-        self._ask("link")
+        self.asked("link", target)
         super().link(source, target)
 
     def rename(self, source: Path, target: Path) -> None:
         """As on any disk."""
-        self._ask("rename")
+        self.asked("rename", target)
         super().rename(source, target)
 
+    def unlink(self, path: Path) -> None:
+        """As on any disk."""
+        self.asked("unlink", path)
+        super().unlink(path)
+
+    def remove_tree(self, path: Path) -> None:
+        """As on any disk."""
+        self.asked("remove_tree", path)
+        super().remove_tree(path)
+
+    def sync_dir(self, path: Path) -> None:
+        """As on any disk."""
+        self.asked("sync_dir", path)
+        super().sync_dir(path)
+
     def write_file(self, path: Path, data: bytes, *, sync: bool, in_place: bool = False) -> None:
-        """As on any disk; refused for all files, or for those whose name ends as said."""
-        self._ask("write_file")
-        self._ask(f"write_file {path.name}")
+        """As on any disk."""
+        self.asked("write_file", path)
         super().write_file(path, data, sync=sync, in_place=in_place)
 
     def append(self, path: Path, data: bytes) -> None:
         """As on any disk."""
-        self._ask("append")
+        self.asked("append", path)
         super().append(path, data)
 
     def create(self, path: Path, size: int) -> int:
         """As on any disk."""
-        self._ask("create")
+        self.asked("create", path)
         return super().create(path, size)
 
     def write_at(self, descriptor: int, offset: int, view: memoryview) -> None:
         """As on any disk."""
-        self._ask("write_at")
+        self.asked("write_at", Path())
         super().write_at(descriptor, offset, view)
+
+    def finish(self, descriptor: int, mtime_ns: int) -> None:
+        """As on any disk."""
+        self.asked("finish", Path())
+        super().finish(descriptor, mtime_ns)
+
+
+class Hurt(Asking):
+    """A disk that raises what `refuse` has for a call ("link"), or for one on such a file ("link x.pt")."""
+
+    def __init__(self) -> None:
+        self.refuse: dict[str, OSError] = {}
+
+    def asked(self, call: str, path: Path) -> None:
+        """Raise what is to be raised."""
+        error = self.refuse.get(call) or self.refuse.get(f"{call} {path.name}")
+        if error is not None:
+            raise error
 
     def free_bytes(self, path: Path) -> int:
         """As on any disk, or nearly none."""

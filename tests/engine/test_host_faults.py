@@ -29,7 +29,7 @@ from tests.fakes import MemoryBucket
 
 
 class Broken(Hurt):
-    """A disk of which more calls can be refused; it counts those that make a directory's entries durable."""
+    """It counts the calls that make a directory's entries durable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,19 +38,7 @@ class Broken(Hurt):
     def sync_dir(self, path: Path) -> None:
         """As on any disk."""
         self.syncs.append(path.name)
-        self._ask("sync_dir")
-        self._ask(f"sync_dir {path.name}")
         super().sync_dir(path)
-
-    def unlink(self, path: Path) -> None:
-        """As on any disk."""
-        self._ask("unlink")
-        super().unlink(path)
-
-    def remove_tree(self, path: Path) -> None:
-        """As on any disk."""
-        self._ask("remove_tree")
-        super().remove_tree(path)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ The real watcher with the kernel's events, the real spool, the real pipeline; mo
 from __future__ import annotations
 
 import asyncio
-import io
 import mmap
 import os
 import random
@@ -14,7 +13,6 @@ import shutil
 import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -36,6 +34,7 @@ from ckpt_sidecar.restorer import Restorer
 from tests.engine.support import PREFIX, holder, listed
 from tests.engine.test_pipeline import LARGE, Line
 from tests.fakes import MemoryBucket
+from tests.whole.running import archive
 from tests.whole.test_bad_input import NAMES, REFUSED
 
 QUICK = Rules(settle=0.1, patience=0.4)
@@ -75,15 +74,6 @@ async def rescans(it: Line, more: int = 3) -> None:
     """Wait until the directory has been listed so many times more."""
     enough = len(it.told.of(Rescanned)) + more
     await it.told.until(lambda: len(it.told.of(Rescanned)) >= enough)
-
-
-def archive(content: str = "weights", records: int = 1) -> bytes:
-    """Return a whole checkpoint; the same content makes the same bytes."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for n in range(records):
-            file.writestr(zipfile.ZipInfo(f"archive/data/{n}"), content)
-    return buffer.getvalue()
 
 
 def place(path: Path, data: bytes, *, at: float | None = None) -> None:

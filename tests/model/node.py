@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 
 from ckpt_sidecar.checkpoint import Book, Id
 from ckpt_sidecar.completion import Evidence
-from ckpt_sidecar.disk import Disk
 from ckpt_sidecar.events import Claimed, Event, Fenced, Ready, Restored
 from ckpt_sidecar.hints import Listener
 from ckpt_sidecar.ledger import Times
@@ -28,6 +27,7 @@ from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.settings import Settings
 from ckpt_sidecar.sidecar import End, Exit, Sidecar, World
 from ckpt_sidecar.spool import Spool, SpoolError
+from tests.engine.support import Asking
 from tests.model import world as simulated
 
 YEAR = 365 * 86_400 * 10**9  # ns
@@ -43,63 +43,22 @@ def archive(n: int, size: int) -> bytes:
     return raw.getvalue()
 
 
-class Mortal(Disk):
+class Mortal(Asking):
     """A life's disk: each call is a step of that life, perhaps its last, and may be refused."""
 
     def __init__(self, life: Life) -> None:
         self._life = life
 
-    def _ask(self, verb: str) -> None:
+    def asked(self, call: str, path: Path) -> None:
+        node = self._life.node
         self._life.tick()
-        code = self._life.node.hurt.get(verb)
+        code = node.hurt.get(call)
         if code is not None:
             raise OSError(code, os.strerror(code))
-
-    def make_dir(self, path: Path, *, mode: int = 0o700) -> None:
-        self._ask("make_dir")
-        super().make_dir(path, mode=mode)
-
-    def link(self, source: Path, target: Path) -> None:
-        self._ask("link")
-        super().link(source, target)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._ask("rename")
-        super().rename(source, target)
-
-    def unlink(self, path: Path) -> None:
-        self._ask("unlink")
-        self._life.node.about_to_delete(path)
-        super().unlink(path)
-
-    def remove_tree(self, path: Path) -> None:
-        self._ask("remove_tree")
-        self._life.node.about_to_release(path)
-        super().remove_tree(path)
-
-    def sync_dir(self, path: Path) -> None:
-        self._ask("sync_dir")
-        super().sync_dir(path)
-
-    def write_file(self, path: Path, data: bytes, *, sync: bool, in_place: bool = False) -> None:
-        self._ask("write_file")
-        super().write_file(path, data, sync=sync, in_place=in_place)
-
-    def append(self, path: Path, data: bytes) -> None:
-        self._ask("append")
-        super().append(path, data)
-
-    def create(self, path: Path, size: int) -> int:
-        self._ask("create")
-        return super().create(path, size)
-
-    def write_at(self, descriptor: int, offset: int, view: memoryview) -> None:
-        self._ask("write_at")
-        super().write_at(descriptor, offset, view)
-
-    def finish(self, descriptor: int, mtime_ns: int) -> None:
-        self._ask("finish")
-        super().finish(descriptor, mtime_ns)
+        if call == "unlink":
+            node.about_to_delete(path)
+        if call == "remove_tree":
+            node.about_to_release(path)
 
 
 class Hints:

@@ -20,7 +20,6 @@ from itertools import count
 from typing import Any, Protocol, TypeVar, cast
 
 from ckpt_sidecar.bucket import (
-    Abilities,
     BucketError,
     Condition,
     Conflict,
@@ -31,15 +30,14 @@ from ckpt_sidecar.bucket import (
     Sink,
     Source,
     Span,
-    Unchanged,
     Unreachable,
     Upload,
     crc64,
 )
+from tests.engine.support import BORN, Steps
 from tests.fakes import BytesSink, BytesSource, MemoryBucket
 
 T = TypeVar("T")
-BORN = 1_700_000_000 * 10**9  # ns since the epoch, when the world begins
 SPIN = 50_000  # so many steps without any time passing are no work any more
 WRITES = frozenset({"put", "create", "part", "complete", "delete"})
 CLEARING = frozenset({"abort", "list_uploads", "list_parts"})  # with these an upload is thrown away
@@ -249,25 +247,17 @@ def _error(kind: str) -> BucketError:
     }[kind]
 
 
-class Wire:
+class Wire(Steps):
     """The bucket as one process sees it."""
 
     def __init__(self, world: World, sender: Process) -> None:
+        super().__init__(world.store.memory)
         self._world, self._sender = world, sender
 
-    @property
-    def _memory(self) -> MemoryBucket:
-        return self._world.store.memory
+    async def _step(self, verb: str, key: str, call: Callable[[], Awaitable[T]]) -> T:
+        return await self._ask(verb, call, body=verb in ("part", "get_range"))
 
-    @property
-    def name(self) -> str:
-        return self._memory.name
-
-    @property
-    def abilities(self) -> Abilities:
-        return self._memory.abilities
-
-    async def _ask(self, verb: str, call: Callable[[], Awaitable[T]], *, body: bool = False) -> T:
+    async def _ask(self, verb: str, call: Callable[[], Awaitable[T]], *, body: bool) -> T:
         it, now = self._sender, self._world.now
         it.tick()
         if verb in WRITES and it.fenced_at is not None and now > it.fenced_at:
@@ -283,61 +273,30 @@ class Wire:
             raise
         return result
 
-    async def probe(self, key: str) -> Abilities:
-        return await self._ask("probe", lambda: self._memory.probe(key))
-
-    async def get(self, key: str, *, limit: int) -> tuple[bytes, ObjectRef]:
-        return await self._ask("get", lambda: self._memory.get(key, limit=limit))
-
-    async def head(self, key: str) -> ObjectRef | None:
-        return await self._ask("head", lambda: self._memory.head(key))
-
     async def put(
         self, key: str, body: bytes | tuple[Source, int], *, when: Condition, metadata: Mapping[str, str]
     ) -> ObjectRef:
         content = body if isinstance(body, bytes) else _read(body[0], Span(1, 0, body[1]))
         return await self._ask(
             "put",
-            lambda: self._memory.put(key, content, when=when, metadata=metadata),
+            lambda: self.inner.put(key, content, when=when, metadata=metadata),
             body=not isinstance(body, bytes),
         )
 
-    async def create_multipart(self, key: str, *, metadata: Mapping[str, str]) -> str:
-        return await self._ask("create", lambda: self._memory.create_multipart(key, metadata=metadata))
-
     async def put_part(self, upload: Upload, span: Span, source: Source) -> Part:
         held = BytesSource(bytes(span.offset) + _read(source, span))
-        return await self._ask("part", lambda: self._memory.put_part(upload, span, held), body=True)
-
-    async def list_parts(self, upload: Upload) -> list[Part]:
-        return await self._ask("list_parts", lambda: self._memory.list_parts(upload))
-
-    async def complete_multipart(
-        self, upload: Upload, parts: Sequence[Part], *, when: Condition, metadata: Mapping[str, str]
-    ) -> ObjectRef:
-        return await self._ask(
-            "complete", lambda: self._memory.complete_multipart(upload, parts, when=when, metadata=metadata)
-        )
-
-    async def abort_multipart(self, upload: Upload) -> None:
-        await self._ask("abort", lambda: self._memory.abort_multipart(upload))
-
-    async def list_uploads(self, key: str) -> list[Upload]:
-        return await self._ask("list_uploads", lambda: self._memory.list_uploads(key))
+        return await super().put_part(upload, span, held)
 
     async def list(self, prefix: str) -> AsyncIterator[ObjectRef]:
         async def all_of_it() -> Sequence[ObjectRef]:
-            return [each async for each in self._memory.list(prefix)]
+            return [each async for each in self.inner.list(prefix)]
 
-        for each in await self._ask("list", all_of_it):
+        for each in await self._ask("list", all_of_it, body=False):
             yield each
-
-    async def delete(self, key: str, *, when: Unchanged, version_id: str | None = None) -> None:
-        await self._ask("delete", lambda: self._memory.delete(key, when=when, version_id=version_id))
 
     async def get_range(self, ref: ObjectRef, span: Span, sink: Sink) -> int:
         arrived = BytesSink(span.end)
-        await self._ask("get_range", lambda: self._memory.get_range(ref, span, arrived), body=True)
+        await super().get_range(ref, span, arrived)
         content = memoryview(arrived.content)[span.offset :]
         if self._world.store._fault("flip"):
             self._world.store.flipped += 1

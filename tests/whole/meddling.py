@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import http.client
 import http.server
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from xml.sax.saxutils import escape
+
+from tests.loopback import served
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,8 @@ def meddling(endpoint: str, meddle: Meddle) -> Iterator[str]:
         to = endpoint.removeprefix("http://")
         meddled = staticmethod(meddle)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(Handler) as url:
+        yield url
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

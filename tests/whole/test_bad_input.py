@@ -18,7 +18,6 @@ import stat
 import tempfile
 import threading
 import unicodedata
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -28,34 +27,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.conftest import ON_ONE, SERVERS, admin
-from tests.whole.running import HOME, Daemon, Target, daemon, powerless, save, until
+from tests.loopback import served
+from tests.whole.running import HOME, Daemon, Target, archive, daemon, powerless, save, until
 
 HOUR = 3600.0
 NOWHERE = "http://127.0.0.1:9"  # the discard service: nobody listens
 WITHOUT_POWER = pytest.mark.skipif(powerless() is None, reason="root's power cannot be dropped here")
 MEND_RIGHTS = "run the sidecar as the trainer's user"
-
-
-@pytest.fixture
-def target(s3_endpoint: str) -> Target:
-    """A fresh bucket."""
-    return Target.new(s3_endpoint)
-
-
-@pytest.fixture
-def watch(tmp_path: Path) -> Path:
-    """An empty directory to watch."""
-    path = tmp_path / "ckpt"
-    path.mkdir()
-    return path
-
-
-def archive(content: str = "weights") -> bytes:
-    """Return a whole checkpoint, small; the same content makes the same bytes."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr(zipfile.ZipInfo("archive/data"), content)
-    return buffer.getvalue()
 
 
 def goes_on(it: Daemon, name: str = "good.pt") -> None:
@@ -221,14 +199,8 @@ def refusing(it: Refusal) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             """Nobody reads it."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(Refuses) as url:
+        yield url
 
 
 @pytest.mark.fault("C11", "C12", "C14")

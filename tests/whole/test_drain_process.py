@@ -23,12 +23,6 @@ from tests.whole.running import SECONDS, Daemon, Target, daemon, save, until
 
 
 @pytest.fixture
-def target(s3_endpoint: str) -> Target:
-    """A fresh bucket on a real server."""
-    return Target.new(s3_endpoint)
-
-
-@pytest.fixture
 def watch(tmp_path: Path) -> Path:
     """Where a watch dir will be."""
     return tmp_path / "ckpt"
@@ -99,6 +93,16 @@ def held_up(it: Daemon, tap: Tap, count: int) -> list[str]:
     return names[::-1]
 
 
+def the_next_life_sends(watch: Path, target: Target, names: list[str]) -> None:
+    """What was held up, newest first, becomes durable although the trainer has deleted it."""
+    for name in names:
+        (watch / name).unlink()
+    with daemon(watch, target) as again:
+        for n, name in enumerate(names[::-1]):
+            again.wait_durable(name, b"weights %d" % n)
+        assert again.stop() == 0
+
+
 # --- which signals ----------------------------------------------------------------------------------------
 
 
@@ -159,12 +163,7 @@ def test_a_second_signal_ends_it_now(watch: Path, target: Target, tap: Tap) -> N
         assert it.stop() == 3
         assert it.events()[-1]["event"] == "drained"
         assert it.events()[-1]["left"] == names
-    for name in names:
-        (watch / name).unlink()
-    with daemon(watch, target) as again:
-        for n, name in enumerate(names[::-1]):
-            again.wait_durable(name, b"weights %d" % n)
-        assert again.stop() == 0
+    the_next_life_sends(watch, target, names)
 
 
 @pytest.mark.long
@@ -250,12 +249,7 @@ def test_when_the_time_is_over_it_ends_and_lists_what_is_left_newest_first(
         assert time.monotonic() - asked < 30  # a socket's own patience is 60
         assert it.events()[-1]["event"] == "drained"
         assert it.events()[-1]["left"] == names
-    for name in names:
-        (watch / name).unlink()
-    with daemon(watch, target) as again:
-        for n, name in enumerate(names[::-1]):
-            again.wait_durable(name, b"weights %d" % n)
-        assert again.stop() == 0
+    the_next_life_sends(watch, target, names)
 
 
 @pytest.mark.long

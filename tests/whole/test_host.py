@@ -28,12 +28,6 @@ CRASHED = 70
 
 
 @pytest.fixture
-def target(s3_endpoint: str) -> Target:
-    """A fresh bucket on a real server."""
-    return Target.new(s3_endpoint)
-
-
-@pytest.fixture
 def watch(tmp_path: Path) -> Path:
     """Where a watch dir will be."""
     return tmp_path / "ckpt"

@@ -25,25 +25,11 @@ from ckpt_sidecar.s3 import S3Bucket
 from tests.conftest import ON_ONE
 from tests.fakes import BytesSink
 from tests.whole.meddling import Answer, Meddle, Request, meddling, refusal
-from tests.whole.running import HOME, SECONDS, Daemon, Target, daemon, save, until
-from tests.whole.test_bad_input import NOWHERE, archive, goes_on, seeded
+from tests.whole.running import HOME, SECONDS, Daemon, Target, archive, daemon, save, until
+from tests.whole.test_bad_input import NOWHERE, goes_on, seeded
 
 MIB = 1 << 20
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
-
-
-@pytest.fixture
-def watch(tmp_path: Path) -> Path:
-    """An empty directory to watch."""
-    path = tmp_path / "ckpt"
-    path.mkdir()
-    return path
-
-
-@pytest.fixture
-def target(s3_endpoint: str) -> Target:
-    """A fresh bucket."""
-    return Target.new(s3_endpoint)
 
 
 def peak(it: Daemon) -> int:

@@ -31,12 +31,6 @@ SHORT = ("--steps", "120", "--save-every", "20")
 RSS_LIMIT = 160 * MIB  # of the daemon, whatever the checkpoint's size
 
 
-@pytest.fixture
-def target(s3_endpoint: str) -> Target:
-    """A fresh bucket on a real server."""
-    return Target.new(s3_endpoint)
-
-
 @contextmanager
 def trainer(checkpoints: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
     """Run the example training job."""

@@ -24,31 +24,9 @@ from ckpt_sidecar.bucket import MIB
 from ckpt_sidecar.checkpoint import File, Id
 from ckpt_sidecar.spool import Spool
 from tests.conftest import ON_ONE
-from tests.whole.running import HOME, SECONDS, Daemon, Target, daemon, powerless, save, until
+from tests.whole.running import HOME, SECONDS, Daemon, Target, archive, daemon, powerless, save, until
 
 RSS_LIMIT = 160 * MIB  # of the daemon, whatever it has to do
-
-
-@pytest.fixture
-def target(s3_endpoint: str) -> Target:
-    """A fresh bucket on a real server."""
-    return Target.new(s3_endpoint)
-
-
-@pytest.fixture
-def watch(tmp_path: Path) -> Path:
-    """An empty directory to watch."""
-    path = tmp_path / "ckpt"
-    path.mkdir()
-    return path
-
-
-def archive(content: str = "weights") -> bytes:
-    """Return a whole checkpoint, small; the same content makes the same bytes."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr(zipfile.ZipInfo("archive/data"), content)
-    return buffer.getvalue()
 
 
 # --- a trainer in a process of its own -------------------------------------------------------------------

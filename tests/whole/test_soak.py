@@ -289,12 +289,6 @@ def flat(rests: Sequence[Weight]) -> bool:
     )
 
 
-@pytest.fixture
-def target(s3_endpoint: str) -> Target:
-    """A fresh bucket on a real server."""
-    return Target.new(s3_endpoint)
-
-
 @contextmanager
 def soaking(root: Path, target: Target, seed: int) -> Iterator[Soak]:
     """One that ends with the test."""

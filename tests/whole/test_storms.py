@@ -35,12 +35,6 @@ STORM = 10_000
 REAL_STORM = 1_000  # what moto takes in reasonable time
 
 
-@pytest.fixture
-def target(s3_endpoint: str) -> Target:
-    """A fresh bucket on a real server."""
-    return Target.new(s3_endpoint)
-
-
 def committed_by(sidecar: Daemon) -> list[str]:
     """The names that it has committed, in order."""
     return [each["name"] for each in sidecar.events("checkpoint_committed")]
