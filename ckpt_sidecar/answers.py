@@ -20,11 +20,15 @@ MAX_TEXT = 300  # characters of a store's own words; a proxy may answer with a w
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What was asked of the store; `operation` is S3's word in snake case, `key` may be empty."""
+    """What was asked of the store; `operation` is S3's word in snake case, `key` may be empty.
+
+    `owner` is the account that the bucket was said to be of, if one was.
+    """
 
     operation: str
     bucket: str
     key: str = ""
+    owner: str = ""
 
     def __str__(self) -> str:
         return f"{self.operation} s3://{self.bucket}/{self.key}"
@@ -258,6 +262,8 @@ def _for_operation(meaning: Meaning, operation: str) -> Meaning:
 def _made(meaning: Meaning, text: str, asked: Asked, *, region: str = "") -> BucketError:
     permission = PERMISSIONS.get(asked.operation, "it")
     hint = meaning.hint.format(bucket=asked.bucket, permission=permission)
+    if meaning is _DENIED and asked.owner:
+        hint += f", or correct --expected-bucket-owner if it is not {asked.owner}'s"
     if meaning is _REGION and region:
         hint = f"the bucket is in {region}: set AWS_REGION={region}"
     return meaning.kind(text, hint=hint, reason=meaning.reason)

@@ -17,9 +17,13 @@ from ckpt_sidecar.disk import Disk, file_of
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the spool knows of itself. `generation` 0: never claimed. `counter`: ids reserved so far."""
+    """What the spool knows of itself. `generation` 0: never claimed. `counter`: ids reserved so far.
+
+    `target` is the bucket and prefix, as a URI, that it is the queue of.
+    """
 
     spool: str
+    target: str = ""
     attempt: str = ""
     generation: int = 0
     counter: int = 0

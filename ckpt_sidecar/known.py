@@ -61,6 +61,10 @@ class Known:
             self._tidy()
         return ids
 
+    def clear(self) -> None:
+        """Know nothing any more, nor at the next start."""
+        self._disk.unlink(self._path)
+
     def is_known(self, file: File) -> bool:
         """Is this very file on its way or durable?"""
         return self._files.get(file.name) == file

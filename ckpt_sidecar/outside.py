@@ -17,12 +17,13 @@ import click
 
 from ckpt_sidecar.bucket import PART_BYTES, BucketError
 from ckpt_sidecar.events import Event, Failed, Progress
+from ckpt_sidecar.identity import SpoolError
 from ckpt_sidecar.ledger import Times
 from ckpt_sidecar.log import Log, Outlet, configure, default_stream, on_terminal
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.s3 import S3Bucket
 from ckpt_sidecar.settings import Settings
-from ckpt_sidecar.spool import Spool, SpoolError
+from ckpt_sidecar.spool import Spool
 
 Tell = Callable[[Event], None]
 
@@ -71,7 +72,7 @@ def opened_spool(settings: Settings, tell: Tell) -> Iterator[Spool]:
     """The opened spool; what cannot be used is said, and ends the program."""
     spool = Spool(settings.watch, home=Path(settings.spool) if settings.spool else None)
     try:
-        complaints = spool.open(new_id=uuid.uuid4().hex)
+        complaints = spool.open(new_id=uuid.uuid4().hex, target=settings.target)
     except SpoolError as error:
         raise click.ClickException(str(error)) from None
     for complaint in complaints:

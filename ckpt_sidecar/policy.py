@@ -61,11 +61,12 @@ def next_step(
         for other in ended_first:
             if not _rests(other, resting, now):
                 return Supersede(other, newest.id)
+        if ended_first or _rests(each, resting, now):
+            continue
         unsent = isinstance(each.state, Pinned) and each.id not in asked
         if keep_remote and unsent and _beyond(each.id, keep_remote, durable):
             return Skip(each, f"{keep_remote} newer ones are durable, and no more are kept")
-        if not ended_first and not _rests(each, resting, now):
-            return Upload(each)
+        return Upload(each)
     return None
 
 

@@ -53,9 +53,16 @@ class S3Bucket:
     """One bucket behind boto3. `tell` gets each request, on the event loop; use `open` to make one."""
 
     def __init__(
-        self, name: str, *, control: Any, bodies: BodyThreads, tell: Callable[[Requested], None]
+        self,
+        name: str,
+        *,
+        control: Any,
+        bodies: BodyThreads,
+        tell: Callable[[Requested], None],
+        owner: str = "",
     ) -> None:
         self._name = name
+        self._owner = owner
         self._control = control
         self._bodies = bodies
         self._tell = tell
@@ -91,7 +98,7 @@ class S3Bucket:
                 say_owner(each, owner)
             bodies = BodyThreads(client, workers=workers, buffer_bytes=part_bytes)
             stack.callback(bodies.close)
-            yield cls(name, control=control, bodies=bodies, tell=tell)
+            yield cls(name, control=control, bodies=bodies, tell=tell, owner=owner)
 
     @property
     def name(self) -> str:
@@ -291,7 +298,7 @@ class S3Bucket:
             result = await answer
             outcome = "ok"
         except Exception as error:
-            raised = translated(error, Asked(operation, self._name, key))
+            raised = translated(error, Asked(operation, self._name, key, self._owner))
             if isinstance(raised, Missing | Conflict):
                 outcome = "ok"
             raise raised from error

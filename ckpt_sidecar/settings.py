@@ -107,6 +107,11 @@ class Settings:
         object.__setattr__(self, "bucket", bucket)
         object.__setattr__(self, "prefix", f"{prefix}/" if prefix else "")
 
+    @property
+    def target(self) -> str:
+        """Bucket and prefix as a URI."""
+        return f"s3://{self.bucket}/{self.prefix}"
+
     def address(self) -> tuple[str, int]:
         """Host and port of `listen`; BadSetting when it is not HOST:PORT."""
         match = _ADDRESS.fullmatch(self.listen)

@@ -220,10 +220,9 @@ class Sidecar:
             self._world.tell(Ready(self._world.seconds() - started))
 
     def _say_not_ready(self, error: Exception) -> None:
-        where = f"s3://{self._settings.bucket}/{self._settings.prefix}"
         reason = error.reason if isinstance(error, BucketError | UnknownSchema) else "disk"
         hint = mend_of(error) if isinstance(error, OSError) else getattr(error, "hint", "")
-        self._world.tell(Failed("start", reason, where, str(error), hint))
+        self._world.tell(Failed("start", reason, self._settings.target, str(error), hint))
         self._not_ready = str(error)
         self._world.tell(NotReady(self._not_ready))
 

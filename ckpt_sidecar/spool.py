@@ -23,44 +23,33 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from ckpt_sidecar.bucket import crc64
 from ckpt_sidecar.checkpoint import Caught, Checkpoint, File, Id
 from ckpt_sidecar.disk import (
     Disk,
     PinnedFile,
     file_of,
+    files_below,
     foreign,
     inode_of,
-    leads_to,
-    locked,
     mend_of,
     nameless_bytes,
 )
+from ckpt_sidecar.identity import Identity, SpoolError
 from ckpt_sidecar.journal import (
     Record,
     Recovered,
     catch_name,
     dump_entry,
-    load_record,
-    pid_of,
     pin_dirs,
     read_back,
-    read_json,
 )
 from ckpt_sidecar.known import Known
 from ckpt_sidecar.names import HOME
-
-RESERVE = 1000  # ids taken from the record at a time: one durable write for a thousand checkpoints
-OWN = 10**9  # ids of generation 0 that a spool has to itself; an id's number has 18 digits at most
-
-
-class SpoolError(Exception):
-    """The spool or the watch dir cannot be used; the message names it, the cause and the mend."""
 
 
 class Spool:
@@ -70,13 +59,11 @@ class Spool:
         self.root = root
         self.home = home or root / HOME
         self.disk = disk or Disk()
-        self.record = Record(spool="")
         self._caught = self.home / "caught"
         self._pins = self.home / "pins"
-        self._lock_file: BinaryIO | None = None
         self._mutex = threading.Lock()
         self._numbers = count()
-        self._sequence = 0
+        self._identity = Identity(self.home, self.disk)
         self._held: dict[tuple[tuple[int, int], str], int] = {}
         self._pinned_descriptors: dict[Id, int] = {}
         self._numbered: dict[tuple[tuple[int, int], str], tuple[File, Id]] = {}  # and could not be pinned yet
@@ -84,16 +71,17 @@ class Spool:
 
     # --- opening ---
 
-    def open(self, *, new_id: str) -> list[str]:
+    def open(self, *, new_id: str, target: str = "") -> list[str]:
         """Make or take up the spool and lock it; return what was found broken, in words.
 
-        `new_id` names a spool that is made new. Raises SpoolError when the directory cannot be used.
+        `new_id` names a spool that is made new, `target` says where it leads to. Raises SpoolError when the
+        directory cannot be used, or has something on its way to another target.
         """
         try:
             self._open_root()
             self._open_home()
-            self._lock_file = self._lock()
-            return self._read_record(new_id, self.known.read())
+            self._identity.lock()
+            return self._take_up(new_id, target)
         except OSError as error:
             self.close()
             what = f"{error.strerror}: {error.filename or self.home} ({mend_of(error)})"
@@ -118,41 +106,31 @@ class Spool:
                     raise SpoolError(f"{path} belongs to another user (run as its owner, or remove it)")
                 folder.chmod(0o700)  # before a look at what is in it
 
-    def _lock(self) -> BinaryIO:
-        if (lock := locked(self.home / "lock")) is None:
-            other = pid_of(self.home)
-            raise SpoolError(f"another ckpt-sidecar serves {self.root} (pid {other}): stop it first")
-        return lock
+    def _take_up(self, new_id: str, target: str) -> list[str]:
+        complaints = self._identity.read(new_id)
+        if target and self.record.target not in ("", target):
+            complaints.append(self._leave_target(target))
+            self._identity.record = Record(spool=new_id)
+        ids = [*self.known.read(), *(id_ for id_, _ in pin_dirs(self._pins))]
+        self._identity.go_on(ids, target=target)
+        return complaints
+
+    def _leave_target(self, target: str) -> str:
+        was, held = self.record.target, [*pin_dirs(self._pins), *files_below(self._caught)]
+        if held:
+            raise SpoolError(
+                f"{self.home} holds {len(held)} files on their way to {was}, not to {target}: run once more "
+                "with that bucket and prefix until all is durable (or remove it, and lose them)"
+            )
+        self.known.clear()
+        return f"it was the spool of {was}: it begins anew, and what stands in the watch dir goes to {target}"
 
     def _renew(self) -> None:
-        """Make the spool anew where it went with the watch dir; it stays the same, and its ids go on."""
-        if self._lock_file is None or leads_to(self.home / "lock", self._lock_file):
-            return
-        self.root.stat()  # that one is the trainer's to make
-        self._open_home()
-        lock = self._lock()
-        try:
-            self._save(counter=self._sequence + RESERVE)
-        except OSError:
-            lock.close()
-            raise
-        self._lock_file.close()
-        self._lock_file = lock
-
-    def _read_record(self, new_id: str, durable: Sequence[Id]) -> list[str]:
-        complaints = []
-        try:
-            self.record = load_record(read_json((self.home / "spool.json").read_bytes()))
-        except FileNotFoundError:
-            self.record = Record(spool=new_id)
-        except (ValueError, TypeError) as error:
-            complaints.append(f"spool.json cannot be read, a new one is made: {error}")
-            self.record = Record(spool=new_id)
-        ids = [*durable, *(id_ for id_, _ in pin_dirs(self._pins))]
-        generation = max([self.record.generation, *(each.generation for each in ids)])
-        self._sequence = max([self.record.counter, *(each.sequence % OWN for each in ids)])
-        self._save(generation=generation, counter=self._sequence + RESERVE)
-        return complaints
+        """Make the spool anew where it went with the watch dir."""
+        if self._identity.lost:
+            self.root.stat()  # that one is the trainer's to make
+            self._open_home()
+            self._identity.renew()
 
     def close(self) -> None:
         """Unlock the spool and give every descriptor back; what is held on the disk stays."""
@@ -160,38 +138,25 @@ class Spool:
             os.close(descriptor)
         self._held.clear()
         self._pinned_descriptors.clear()
-        if self._lock_file is not None:
-            self._lock_file.close()
-            self._lock_file = None
+        self._identity.close()
 
     # --- the record ---
 
-    def _save(self, **changes: Any) -> None:
-        record = replace(self.record, **changes)
-        data = json.dumps({"schema": 1} | asdict(record)).encode()
-        self.disk.write_file(self.home / "spool.json", data, sync=True, in_place=True)
-        self.disk.sync_dir(self.home)
-        self.record = record
+    @property
+    def record(self) -> Record:
+        """What the spool knows of itself."""
+        return self._identity.record
 
     def claimed(self, *, generation: int, attempt: str) -> None:
         """Note the claim that has succeeded; OSError where a restart could not know of it."""
         with self._mutex:
-            self.record = replace(self.record, generation=generation, attempt=attempt)
-            self._save()
+            self._identity.record = replace(self.record, generation=generation, attempt=attempt)
+            self._identity.save()
 
     def serving(self, *, address: str, pid: int) -> None:
         """Note where this sidecar answers, for `status` and the trainer's helpers."""
         with self._mutex:
-            self._save(address=address, pid=pid)
-
-    def _next_id(self, *, before_all: bool = False) -> Id:
-        if self._sequence == self.record.counter:
-            self._save(counter=self._sequence + RESERVE)  # on the disk first: no id is ever given twice
-        self._sequence += 1
-        if self.record.generation and not before_all:
-            return Id(self.record.generation, self._sequence)
-        # Generation 0 is nobody's own: every new spool numbers in it before its first claim.
-        return Id(0, crc64(self.record.spool.encode()) % 10**8 * OWN + self._sequence)
+            self._identity.save(address=address, pid=pid)
 
     # --- catching: from the first hint to the verdict ---
 
@@ -294,7 +259,7 @@ class Spool:
     def _pin(self, caught: Caught, file: File) -> Checkpoint:
         key = caught.inode, caught.name
         numbered, id_ = self._numbered.get(key, (None, None))
-        id_ = id_ if id_ and numbered == file else self._next_id()
+        id_ = id_ if id_ and numbered == file else self._identity.next_id()
         self._numbered[key] = file, id_  # should it fail now, others must not come before it
         checkpoint = Checkpoint(id_, file.name, (file,), file.mtime_ns)
         if caught.path is not None:
@@ -385,5 +350,5 @@ class Spool:
         for caught in found.caught:
             file = file_of(caught.name, Path(str(caught.path)).stat())
             if file.mtime_ns < newest and inode_of(self.root / caught.name) != caught.inode:
-                self._numbered[caught.inode, caught.name] = file, self._next_id(before_all=True)
+                self._numbered[caught.inode, caught.name] = file, self._identity.next_id(before_all=True)
         return found

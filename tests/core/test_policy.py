@@ -72,6 +72,7 @@ def test_what_retention_would_delete_at_once_is_not_sent() -> None:
     assert the_next(old, keep_remote=3, durable=durable) == Upload(old)
     assert the_next(old, keep_remote=0, durable=durable) == Upload(old)
     assert the_next(old, keep_remote=2, durable=durable, asked={old.id}) == Upload(old)
+    assert the_next(old, keep_remote=2, durable=durable, resting={old.id: 5.0}) is None
     begun = waiting(1, "a.pt", Uploading(("u",)))
     assert the_next(begun, keep_remote=2, durable=durable) == Upload(begun)
 

@@ -14,7 +14,7 @@ import pytest
 from ckpt_sidecar.bucket import MIB, Absent, Denied, Unreachable
 from ckpt_sidecar.checkpoint import Book, Committed, Id, Pinned, Skipped, Stored, Uploading
 from ckpt_sidecar.child import Child
-from ckpt_sidecar.disk import files_below
+from ckpt_sidecar.disk import Disk, files_below
 from ckpt_sidecar.events import (
     Claimed,
     Deleted,
@@ -60,12 +60,20 @@ LARGE = random.Random(11).randbytes(17 * MIB)  # three parts
 class Life:
     """One sidecar on a watch dir and a bucket; `running` until it has ended."""
 
-    def __init__(self, root: Path, memory: MemoryBucket, *, attempt: str = "", **settings: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        memory: MemoryBucket,
+        *,
+        attempt: str = "",
+        disk: Disk | None = None,
+        **settings: Any,
+    ) -> None:
         self.root = root
         self.memory = memory
         self.steps = Steps(memory)
         self.told = Told()
-        self.spool: Spool = opened_spool(root, name=f"spool {root.name}")
+        self.spool: Spool = opened_spool(root, name=f"spool {root.name}", disk=disk)
         self.book = Book()
         defaults: dict[str, Any] = {
             "watch": root,

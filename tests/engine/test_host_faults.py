@@ -52,8 +52,8 @@ async def on_a_broken_disk(
     root: Path, memory: MemoryBucket, **more: Any
 ) -> AsyncIterator[tuple[Life, Broken]]:
     """Give a life that is ready, on a disk that still works."""
-    async with living(root, memory, **more) as life:
-        life.spool.disk = disk = Broken()
+    disk = Broken()
+    async with living(root, memory, disk=disk, **more) as life:
         await life.ready()
         yield life, disk
 
@@ -155,8 +155,8 @@ async def test_nobody_trains_before_the_disk_has_taken_the_claim(
     tmp_path: Path, memory: MemoryBucket, code: int
 ) -> None:
     """Else the next life would number what it finds before what this one has made durable."""
-    async with living(tmp_path / "a", memory) as life:
-        life.spool.disk = disk = Broken()
+    disk = Broken()
+    async with living(tmp_path / "a", memory, disk=disk) as life:
         disk.refuse["write_file spool.json"] = OSError(code, os.strerror(code))
         life.start()
         await life.told.until(life.not_ready)

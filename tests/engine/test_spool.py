@@ -5,13 +5,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ckpt_sidecar.checkpoint import Checkpoint, File, Id, Pinned, Uploading, advance
 from ckpt_sidecar.disk import BytesChanged
-from ckpt_sidecar.spool import Spool, SpoolError
+from ckpt_sidecar.identity import SpoolError
+from ckpt_sidecar.spool import Spool
 from tests.engine.support import BORN, SECOND, Hurt, descriptors, opened_spool, pin, save
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -378,8 +380,8 @@ def test_no_id_is_given_twice_although_the_counter_could_not_be_noted(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path, disk: Hurt
 ) -> None:
     """Ids that are not reserved on the disk are not given out: the file stays caught meanwhile."""
-    spool.record = Spool(root).record.__class__("spool-a", "attempt-1", 3, counter=0)
-    spool._sequence = 0
+    spool._identity.record = replace(spool.record, counter=0)
+    spool._identity._sequence = 0
     disk.refuse["write_file spool.json"] = OSError(errno.ENOSPC, "full")
     file = save(root, "x.pt", b"weights")
     for _ in range(2):
@@ -732,6 +734,51 @@ def test_a_disk_that_takes_nothing_is_said_with_its_mend(
     with pytest.raises(SpoolError, match=mend):
         Spool(root, disk=disk).open(new_id="spool-a")
     opened_spool(root).close()  # and nothing is left locked
+
+
+# --- another bucket ----------------------------------------------------------------------------------
+
+
+def test_a_spool_of_another_target_begins_anew(root: Path) -> None:
+    """Nothing is on its way: what is durable there is not known here, and the spool is another one."""
+    for target, id_ in (("s3://old/", Id(1, 1)), ("s3://new/", None)):
+        spool = Spool(root)
+        complaints = spool.open(new_id=f"spool of {target}", target=target)
+        assert spool.record.spool == f"spool of {target}"
+        assert spool.known.newest is None
+        if id_ is not None:
+            spool.claimed(generation=3, attempt="attempt-1")
+            spool.known.settled(save(root, "x.pt", b"weights"), id_)
+        spool.close()
+    assert complaints == [
+        "it was the spool of s3://old/: it begins anew, and what stands in the watch dir goes to s3://new/"
+    ]
+    assert (spool.record.generation, spool.record.attempt, spool.record.target) == (0, "", "s3://new/")
+    again = Spool(root)
+    assert again.open(new_id="nobody", target="s3://new/") == []
+    assert again.record.spool == "spool of s3://new/"
+    again.close()
+
+
+@pytest.mark.parametrize("held", ["pinned", "caught"])
+def test_a_spool_with_something_on_its_way_is_not_given_another_target(root: Path, held: str) -> None:
+    """The message says what would be lost, and where it belongs; nothing is changed."""
+    spool = Spool(root)
+    spool.open(new_id="spool-a", target="s3://old/job/")
+    file = save(root, "x.pt", b"weights")
+    if held == "pinned":
+        pin(spool, file)
+    else:
+        assert spool.catch("x.pt")
+    spool.close()
+    with pytest.raises(SpoolError, match="holds 1 files on their way to s3://old/job/, not to s3://new/"):
+        Spool(root).open(new_id="spool-b", target="s3://new/")
+    again = Spool(root)
+    assert again.open(new_id="spool-b", target="s3://old/job/") == []
+    assert again.record.spool == "spool-a"
+    found = again.recover()
+    assert len(found.checkpoints) + len(found.caught) == 1
+    again.close()
 
 
 # --- what is known -----------------------------------------------------------------------------------

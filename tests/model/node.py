@@ -20,13 +20,14 @@ from ckpt_sidecar.checkpoint import Book, Id
 from ckpt_sidecar.completion import Evidence
 from ckpt_sidecar.events import Claimed, Event, Fenced, Ready, Restored
 from ckpt_sidecar.hints import Listener
+from ckpt_sidecar.identity import SpoolError
 from ckpt_sidecar.ledger import Times
 from ckpt_sidecar.manifest import Holder
 from ckpt_sidecar.names import HOME
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.settings import Settings
 from ckpt_sidecar.sidecar import End, Exit, Sidecar, World
-from ckpt_sidecar.spool import Spool, SpoolError
+from ckpt_sidecar.spool import Spool
 from tests.engine.support import Asking
 from tests.model import world as simulated
 
