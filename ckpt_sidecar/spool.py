@@ -33,7 +33,6 @@ from ckpt_sidecar.disk import (
     Disk,
     PinnedFile,
     file_of,
-    files_below,
     foreign,
     inode_of,
     mend_of,
@@ -108,7 +107,7 @@ class Spool:
 
     def _take_up(self, new_id: str, target: str) -> list[str]:
         complaints = self._identity.read(new_id)
-        if target and self.record.target not in ("", target):
+        if target and self.record.generation and self.record.target not in ("", target):
             complaints.append(self._leave_target(target))
             self._identity.record = Record(spool=new_id)
         ids = [*self.known.read(), *(id_ for id_, _ in pin_dirs(self._pins))]
@@ -116,11 +115,11 @@ class Spool:
         return complaints
 
     def _leave_target(self, target: str) -> str:
-        was, held = self.record.target, [*pin_dirs(self._pins), *files_below(self._caught)]
-        if held:
+        was, pins = self.record.target, pin_dirs(self._pins)
+        if pins:
             raise SpoolError(
-                f"{self.home} holds {len(held)} files on their way to {was}, not to {target}: run once more "
-                "with that bucket and prefix until all is durable (or remove it, and lose them)"
+                f"{self.home} holds {len(pins)} checkpoints on their way to {was}, not to {target}: "
+                "run once more with that bucket and prefix until all is durable (or remove it, and lose them)"
             )
         self.known.clear()
         return f"it was the spool of {was}: it begins anew, and what stands in the watch dir goes to {target}"

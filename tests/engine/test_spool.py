@@ -760,24 +760,28 @@ def test_a_spool_of_another_target_begins_anew(root: Path) -> None:
     again.close()
 
 
-@pytest.mark.parametrize("held", ["pinned", "caught"])
-def test_a_spool_with_something_on_its_way_is_not_given_another_target(root: Path, held: str) -> None:
-    """The message says what would be lost, and where it belongs; nothing is changed."""
+@pytest.mark.parametrize("claimed", [True, False])
+def test_what_is_on_its_way_goes_to_another_target_only_if_it_never_went_to_the_first(
+    root: Path, *, claimed: bool
+) -> None:
+    """A bucket that was misspelt costs nothing; one that has some of it gets the rest, or a clear refusal."""
     spool = Spool(root)
     spool.open(new_id="spool-a", target="s3://old/job/")
-    file = save(root, "x.pt", b"weights")
-    if held == "pinned":
-        pin(spool, file)
-    else:
-        assert spool.catch("x.pt")
+    if claimed:
+        spool.claimed(generation=3, attempt="attempt-1")
+    pinned = pin(spool, save(root, "x.pt", b"weights"))
     spool.close()
-    with pytest.raises(SpoolError, match="holds 1 files on their way to s3://old/job/, not to s3://new/"):
-        Spool(root).open(new_id="spool-b", target="s3://new/")
     again = Spool(root)
-    assert again.open(new_id="spool-b", target="s3://old/job/") == []
+    if claimed:
+        refused = "holds 1 checkpoints on their way to s3://old/job/, not to s3://new/"
+        with pytest.raises(SpoolError, match=refused):
+            again.open(new_id="spool-b", target="s3://new/")
+        assert again.open(new_id="spool-b", target="s3://old/job/") == []
+    else:
+        assert again.open(new_id="spool-b", target="s3://new/") == []
+        assert again.record.target == "s3://new/"
     assert again.record.spool == "spool-a"
-    found = again.recover()
-    assert len(found.checkpoints) + len(found.caught) == 1
+    assert again.recover().checkpoints == [pinned]
     again.close()
 
 

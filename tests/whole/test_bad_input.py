@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from ckpt_sidecar.disk import files_below, inode_of
 from tests.conftest import ON_ONE, SERVERS, admin
 from tests.loopback import served
 from tests.whole.running import HOME, Daemon, Target, archive, daemon, powerless, save, until
@@ -44,10 +45,10 @@ def goes_on(it: Daemon, name: str = "good.pt") -> None:
 
 def wait_held(it: Daemon, name: str) -> None:
     """Wait until the file that was just saved is held by a link of ours, whatever becomes of its name."""
-    inode = (it.watch / name).stat().st_ino
+    inode = inode_of(it.watch / name)
 
     def held() -> bool:
-        return any(path.stat().st_ino == inode for path in (it.watch / HOME).rglob("*.pt"))
+        return any(inode_of(path) == inode for path in files_below(it.watch / HOME))
 
     it.until(held, f"held: {name}")
 
