@@ -107,7 +107,7 @@ class Spool:
 
     def _take_up(self, new_id: str, target: str) -> list[str]:
         complaints = self._identity.read(new_id)
-        if target and self.record.generation and self.record.target not in ("", target):
+        if target and self.record.target not in ("", target):
             complaints.append(self._leave_target(target))
             self._identity.record = Record(spool=new_id)
         ids = [*self.known.read(), *(id_ for id_, _ in pin_dirs(self._pins))]
@@ -116,7 +116,7 @@ class Spool:
 
     def _leave_target(self, target: str) -> str:
         was, pins = self.record.target, pin_dirs(self._pins)
-        if pins:
+        if pins and self.record.generation:  # without one nothing of them can be there
             raise SpoolError(
                 f"{self.home} holds {len(pins)} checkpoints on their way to {was}, not to {target}: "
                 "run once more with that bucket and prefix until all is durable (or remove it, and lose them)"

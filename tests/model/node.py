@@ -263,6 +263,7 @@ class Saves:
     order: dict[tuple[str, bytes], int] = field(default_factory=dict)
     by: dict[tuple[str, bytes], str] = field(default_factory=dict)  # the node of its trainer
     durable: set[tuple[str, bytes]] = field(default_factory=set)
+    plain: set[tuple[str, bytes]] = field(default_factory=set)  # renamed into place, told of, and left alone
 
     def completed(self, name: str, content: bytes, n: int, by: str) -> None:
         """These bytes were a whole save of that name."""
@@ -285,6 +286,7 @@ class Node:
         self.listener: Listener | None = None
         self.hurt: dict[str, int] = {}
         self.was_hurt = self.ever_hurt = False
+        self.refused: set[str] = set()  # all that it ever refused
         self.writing: dict[str, Writing] = {}
         self.written: set[int] = set()  # inodes that the trainer itself has written
         self.in_place: set[int] = set()  # inodes that were written more than once
@@ -341,6 +343,8 @@ class Node:
         path.parent.mkdir(exist_ok=True)
         temporary.rename(path)
         self.saves.completed(name, content, n, self.name)
+        if at == "now" and not hint_lost:
+            self.saves.plain.add((name, content))
         self._hint(name, Evidence.PLACED, lost=hint_lost)
 
     def begin(self, name: str, size: int, *, hint_lost: bool = False) -> None:
@@ -379,6 +383,7 @@ class Node:
     def append(self, name: str) -> None:
         """Spoil a file by what does not belong there."""
         path = self.root / name
+        self.saves.plain.discard((name, path.read_bytes()))
         with path.open("ab") as file:
             file.write(b"junk")
         self.written.add(path.stat().st_ino)
@@ -387,6 +392,7 @@ class Node:
 
     def touch(self, name: str, *, at: str) -> None:
         """Change its time and nothing else."""
+        self.saves.plain.discard((name, (self.root / name).read_bytes()))
         os.utime(self.root / name, ns=self._moment(at))
 
     def delete(self, name: str) -> None:
@@ -398,6 +404,7 @@ class Node:
         path = self.root / to
         path.parent.mkdir(exist_ok=True)
         content = (self.root / name).read_bytes()
+        self.saves.plain.discard((name, content))
         (self.root / name).rename(path)
         self.rotated.add(path.stat().st_ino)
         if (name, content) in self.saves.order:
@@ -421,6 +428,7 @@ class Node:
     def break_disk(self, verbs: list[str], code: int = errno.ENOSPC) -> None:
         """Refuse these calls until it is mended."""
         self.hurt = dict.fromkeys(verbs, code)
+        self.refused.update(verbs)
         self.was_hurt = self.ever_hurt = True
 
     def mend(self) -> None:

@@ -194,6 +194,7 @@ class RandomLife(RuleBasedStateMachine):
         self.home = Path(tempfile.mkdtemp(prefix="random-life-", dir=_shared_memory()))
         self.nodes: list[Node] = []
         self.numbers = count(1)
+        self.clock_was_set = False
 
     @initialize(
         seed=st.integers(0, 2**32),
@@ -404,6 +405,7 @@ class RandomLife(RuleBasedStateMachine):
     def set_the_clock(self, seconds: int) -> None:
         """The wall clock jumps."""
         self.world.ahead += seconds * 10**9
+        self.clock_was_set = True
 
     # --- what must hold all the time ---
 
@@ -480,6 +482,7 @@ class RandomLife(RuleBasedStateMachine):
         assert life.end is not None and life.end.code == Exit.DURABLE, life.end
         for name, content in sorted(wanted):
             self.check_durable(node, name, content, standing=(name, content) in standing)
+        self.check_order(node)
         assert list(node.held()) == []
         assert list((node.root / HOME / "incoming").iterdir()) == []
 
@@ -498,6 +501,19 @@ class RandomLife(RuleBasedStateMachine):
         else:
             keep = self.choices["keep_remote"]
             assert keep and len(seen.checkpoints) >= keep, f"{name} is not durable: {short(content)}"
+
+    def check_order(self, node: Node) -> None:
+        """What it saved in the plainest way is numbered in that order.
+
+        Unless no link could be made, so that a crash has lost the order; or the clock was set meanwhile, by
+        which a listing goes.
+        """
+        if self.clock_was_set or node.refused & {"make_dir", "link", "rename"}:
+            return
+        saves, memory = self.judge.saves, self.judge.memory
+        listed = [(each.name, memory.body(PREFIX + each.name)) for each in self.judge.manifest.checkpoints]
+        numbers = [saves.order[it] for it in listed if it in saves.plain and saves.by[it] == node.name]
+        assert numbers == sorted(numbers, reverse=True), f"{node.name} saved {numbers}, the newest first"
 
     def restore_anew(self) -> None:
         """A node that has nothing gets the newest, and no upload of ours is left."""
