@@ -452,15 +452,14 @@ class Proxy:
     async def _down(self) -> None:
         if self._server is not None:
             self._server.close()
-            await asyncio.sleep(0)  # connections that were just accepted begin
-        while self._serving:
-            for task in self._serving:
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:  # those that accept are among them
+            for task in others:
                 task.cancel()
-            await asyncio.wait(self._serving)
+            await asyncio.wait(others)
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.ensure_future(self._serve(reader, writer))
-        self._serving.add(task)
+        self._serving.add(task)  # a loop alone does not hold its tasks
         task.add_done_callback(self._serving.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

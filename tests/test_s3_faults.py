@@ -536,6 +536,6 @@ async def test_a_part_that_is_slow_but_alive_is_never_given_up(
                 bucket.put_part(upload, Span(1, 0, size), BytesSource(body)),
                 bucket.get_range(ref, Span(1, 0, size), BytesSink(size)),
             )
-        seen = [each.operation for each in proxy.seen]
+    seen = [each.operation for each in proxy.seen]
     assert part.crc64nvme == encode_crc64(crc)
     assert sorted(seen) == ["CreateMultipartUpload", "GetObject", "HeadObject", "UploadPart"]

@@ -293,7 +293,7 @@ class Life:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.exception() is not None:
+        if not task.cancelled() and task.exception() is not None:
             self._failed = self._failed or task.exception()
             self.kill()
 

@@ -167,7 +167,9 @@ async def _stall_at(stalls: Sequence[tuple[Step, bool]], stage: Stage) -> None:
             with scratch() as where:
                 duel = Duel(stage, where, held, stopped)
                 await duel.play()
-                reached.extend([held] if duel.begun else [])
+                if not duel.begun:
+                    return
+                reached.append(held)
                 if flaws := duel.flaws():
                     how = "stopped" if stopped else "its packets late"
                     failed.append(f"{how} {held}: {'; '.join(flaws)}\n{duel.life}")
