@@ -672,7 +672,8 @@ def test_a_sidecar_that_cannot_reach_its_bucket_lives_is_not_ready_and_says_why(
         second = run("--watch", watch, "--bucket", "models", "--listen", "127.0.0.1:0")
         assert second.code == 1
         assert second.err == (
-            f"Error: another ckpt-sidecar serves {watch} (pid {daemon.process.pid}): stop it first\n"
+            f"Error: another ckpt-sidecar serves {watch}/.ckpt-sidecar (pid {daemon.process.pid}): "
+            "stop it first\n"
         )
 
         taken = run("--watch", tmp_path / "other", "--bucket", "models", "--listen", daemon.address())
