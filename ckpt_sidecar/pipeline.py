@@ -32,7 +32,8 @@ from ckpt_sidecar.landing import Landing
 from ckpt_sidecar.ledger import Ledger, Times
 from ckpt_sidecar.manifest import Entry
 from ckpt_sidecar.patience import PatientBucket
-from ckpt_sidecar.policy import Skip, Step, Supersede, expired_local, next_step, retry_delay
+from ckpt_sidecar.policy import Skip, Step, Supersede, expired_local, next_step
+from ckpt_sidecar.rests import Rests
 from ckpt_sidecar.spool import Spool
 from ckpt_sidecar.uploader import Uploader, crc_of
 from ckpt_sidecar.watcher import Found, Watcher
@@ -93,8 +94,7 @@ class Pipeline:
             tell=tell,
         )
         self._busy: set[str] = set()
-        self._resting: dict[Id, float] = {}
-        self._tries: dict[Id, int] = {}
+        self._rests = Rests(seconds, times.chance)
         self._began: dict[Id, float] = {}
         self._asked: set[Id] = set()  # small ones, of which a put may have been answered to nobody
         self._sent: dict[str, tuple[int, int]] = {}  # the inodes that are durable, by name, the oldest first
@@ -108,11 +108,11 @@ class Pipeline:
         """The node is about to be taken away: the newest alone, now; no long rests, and no retention."""
         self._urgent = True
         self._uploader.one_at_a_time()
+        self._rests.longest = URGENT_REST
         self._end_rests()
 
     def _end_rests(self) -> None:
-        self._resting.clear()
-        self._tries.clear()
+        self._rests.end_all()
         self._wake()
 
     def moved(self, checkpoint: Checkpoint) -> None:
@@ -175,7 +175,7 @@ class Pipeline:
             self._tell(Failed("pin", "disk", checkpoint.name, what, mend_of(error)))
         for checkpoint in pinned:
             for older in self.book.named(checkpoint.name):
-                self._resting.pop(older.id, None)  # it is to be ended, and at once
+                self._rests.end(older.id)  # it is to be ended, and at once
             self.moved(checkpoint)
         self._wake()
 
@@ -209,7 +209,7 @@ class Pipeline:
         return next_step(
             self.book,
             busy=self._busy,
-            resting=self._resting,
+            resting=self._rests,
             now=self._seconds(),
             keep_remote=self._keep.remote,
             durable=[each.id for each in self._ledger.manifest.checkpoints],
@@ -308,22 +308,21 @@ class Pipeline:
         await asyncio.to_thread(self._spool.release, checkpoint, durable_as=durable_as)
 
     def _forget_times(self, id_: Id) -> None:
-        for times in (self._tries, self._resting, self._began):
-            times.pop(id_, None)
+        self._rests.forget(id_)
+        self._began.pop(id_, None)
         self._asked.discard(id_)
 
     def _rest(self, id_: Id, name: str, error: BucketError | OSError) -> None:
         """Leave this one alone for a while, and let others go first."""
-        tries = self._tries[id_] = int(self._tries.get(id_, 0)) + 1
-        delay = retry_delay(tries, chance=self._times.chance(), base=1.0)
+        least = LOCAL_TROUBLE_REST if isinstance(error, OSError) else 0.0
+        unanswered = isinstance(error, Unreachable) and error.reason in ("connection", "timeout")
+        delay = self._rests.after(id_, unanswered=unanswered, least=least)
         if isinstance(error, Unreachable):
             self._tell(Retrying("upload", error.reason, delay, str(error)))
         elif isinstance(error, BucketError):
             self._tell(Failed("upload", error.reason, name, str(error.args[0]), error.hint))
         else:
-            delay = max(delay, LOCAL_TROUBLE_REST)
             self._tell(Failed("pin", "disk", name, str(error), "look at the watch dir's disk"))
-        self._resting[id_] = self._seconds() + (min(delay, URGENT_REST) if self._urgent else delay)
 
     def _wake(self) -> None:
         self._woken.set()
@@ -331,10 +330,8 @@ class Pipeline:
 
     async def _until_woken(self) -> None:
         """Wait until something has changed, or the first that rests has rested."""
-        now = self._seconds()
-        soonest = min((at for at in self._resting.values() if at > now), default=None)
         with suppress(TimeoutError):
-            async with asyncio.timeout(None if soonest is None else soonest - now):
+            async with asyncio.timeout(self._rests.soonest()):
                 await self._woken.wait()
 
     # --- retention ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ckpt_sidecar.checkpoint import Book, Checkpoint, Id, Pinned, Stored
 
@@ -34,11 +35,18 @@ class Skip:
 Step = Upload | Supersede | Skip
 
 
+class Resting(Protocol):
+    """Until when (seconds, monotonic) those that failed are left alone, by id."""
+
+    def get(self, id_: Id, default: float, /) -> float:
+        """Return it, or the default for one that does not rest."""
+
+
 def next_step(
     book: Book,
     *,
     busy: Collection[str],
-    resting: Mapping[Id, float],
+    resting: Resting,
     now: float,
     keep_remote: int = 0,
     durable: Sequence[Id] = (),
@@ -48,10 +56,10 @@ def next_step(
 
     What is stored goes first (one swap, and it is durable), then the newest; older ones backfill. One upload
     at a time for each name: names in `busy` are being worked on, and a name whose older upload could not be
-    ended waits for that. `resting` holds, by id, until when (seconds, monotonic) one that failed is left
-    alone. With `keep_remote` a checkpoint that retention would delete as soon as it is committed is not sent
-    at all: `durable` are the ids that the manifest lists. But for those that the bucket was `asked` to take,
-    and may have taken: only what has been committed is ever deleted.
+    ended waits for that. One that failed is left alone while it is `resting`. With `keep_remote` a checkpoint
+    that retention would delete as soon as it is committed is not sent at all: `durable` are the ids that the
+    manifest lists. But for those that the bucket was `asked` to take, and may have taken: only what has been
+    committed is ever deleted.
     """
     for each in book.in_turn():
         if each.name in busy:
@@ -70,7 +78,7 @@ def next_step(
     return None
 
 
-def _rests(each: Checkpoint, resting: Mapping[Id, float], now: float) -> bool:
+def _rests(each: Checkpoint, resting: Resting, now: float) -> bool:
     return resting.get(each.id, now) > now
 
 

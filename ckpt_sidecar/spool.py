@@ -208,19 +208,28 @@ class Spool:
         return Caught(name, inode, None, held)
 
     def let_go(self, caught: Caught) -> None:
-        """Hold the file no longer."""
+        """Hold the file no longer; what was handed over meanwhile is not touched."""
+        key = caught.inode, caught.name
         with self._mutex:
-            self._numbered.pop((caught.inode, caught.name), None)
+            self._numbered.pop(key, None)
             if caught.path is not None:
-                self.disk.remove_tree(self._caught / catch_name(caught.inode, caught.name))
-            elif self._held.pop((caught.inode, caught.name), None) is not None:
-                os.close(caught.descriptor or 0)
+                self.disk.remove_tree(self._caught / catch_name(*key))
+            elif self._held.get(key) == caught.descriptor:
+                os.close(self._held.pop(key))
 
     def open_caught(self, caught: Caught) -> BinaryIO:
-        """The held bytes, to look at; the caller closes it."""
+        """The held bytes, to look at; the caller closes it. FileNotFoundError once they were handed over."""
         if caught.path is not None:
             return Path(caught.path).open("rb")
-        return os.fdopen(os.dup(caught.descriptor or 0), "rb")
+        with self._mutex:
+            return os.fdopen(os.dup(self._own_descriptor(caught)), "rb")
+
+    def _own_descriptor(self, caught: Caught) -> int:
+        """The descriptor by which it is held, if it still is: the number may be another file's by now."""
+        held = self._held.get((caught.inode, caught.name))
+        if held is None or held != caught.descriptor:
+            raise FileNotFoundError(errno.ENOENT, "it is not held any more", caught.name)
+        return held
 
     def held_bytes(self) -> int:
         """Bytes that nothing but our links and descriptors keeps on the disk any more."""
@@ -267,7 +276,8 @@ class Spool:
             with suppress(OSError):  # on a full disk the pin alone tells all that a restart needs
                 self._write_entry(checkpoint, sync=False)
         else:
-            self._pinned_descriptors[checkpoint.id] = self._held.pop(key)
+            self._pinned_descriptors[checkpoint.id] = self._own_descriptor(caught)
+            del self._held[key]
         del self._numbered[key]
         self.known.taken(file)
         return checkpoint

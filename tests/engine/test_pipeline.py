@@ -399,7 +399,7 @@ async def test_a_stop_ends_every_rest(line: Make) -> None:
     async with line() as it:
         await it.save("x.pt")
         (checkpoint,) = it.pipeline.book
-        it.pipeline._resting[checkpoint.id] = time.monotonic() + 3600
+        it.pipeline._rests.after(checkpoint.id, unanswered=False, least=3600.0)
         await it.drain()
         assert it.committed("x.pt")()
 

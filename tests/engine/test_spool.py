@@ -736,6 +736,31 @@ def test_a_disk_that_takes_nothing_is_said_with_its_mend(
     opened_spool(root).close()  # and nothing is left locked
 
 
+def test_a_descriptor_that_was_handed_over_is_nobody_elses(spool: Spool, root: Path, disk: Hurt) -> None:
+    """Its number may be another file's by then: it is neither read, nor closed, nor pinned twice."""
+    disk.refuse["link"] = OSError(errno.EPERM, "not permitted")
+    file = save(root, "x.pt", b"weights")
+    caught = spool.catch("x.pt")
+    assert caught is not None
+    assert spool.catch("x.pt") == caught
+    (pinned,), _ = spool.pin([(caught, file)])
+    ((_, error),) = spool.pin([(caught, file)])[1]
+    assert isinstance(error, FileNotFoundError)
+    with pytest.raises(FileNotFoundError):
+        spool.open_caught(caught)
+    spool.let_go(caught)
+    again = spool.catch("x.pt")
+    assert again is not None
+    assert again.descriptor != caught.descriptor
+    spool.let_go(caught)
+    with (
+        spool.reading(pinned, file) as held,
+        held.open() as pin_bytes,
+        spool.open_caught(again) as catch_bytes,
+    ):
+        assert pin_bytes.read() == catch_bytes.read() == b"weights"
+
+
 # --- another bucket ----------------------------------------------------------------------------------
 
 
