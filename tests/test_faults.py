@@ -34,6 +34,12 @@ def marked() -> dict[str, set[str]]:
     return files
 
 
+def mutants() -> list[dict[str, str]]:
+    """Return what is broken on purpose, in the order of the files."""
+    files = sorted((ROOT / "tests/mutants").glob("*.toml"))
+    return [each for path in files for each in tomllib.loads(path.read_text())["mutant"]]
+
+
 def test_every_row_is_there() -> None:
     """None is left out, and none is there twice."""
     assert list(ROWS) == [f"{letter}{n}" for letter, size in SIZES.items() for n in range(1, size + 1)]
@@ -55,5 +61,10 @@ def test_every_row_names_the_tests_that_hold_it_or_says_why_there_is_none() -> N
 def test_every_mutant_is_in_the_list_of_those_that_the_tests_notice() -> None:
     """By its name, in the order of the files."""
     told = re.findall(r"^\| (.+) \| `\w+` \| `[\w/.]+` \|$", RELIABILITY, re.MULTILINE)
-    files = sorted((ROOT / "tests/mutants").glob("*.toml"))
-    assert told == [each["name"] for path in files for each in tomllib.loads(path.read_text())["mutant"]]
+    assert told == [each["name"] for each in mutants()]
+
+
+def test_every_mutant_can_be_made() -> None:
+    """What it breaks stands in the program, just once: `make mutants`, which runs them, takes minutes."""
+    wrong = [each["name"] for each in mutants() if (ROOT / each["file"]).read_text().count(each["old"]) != 1]
+    assert wrong == []
