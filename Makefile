@@ -18,7 +18,7 @@ SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test stores prove soak mutants fuzz check lock clean
+.PHONY: help install demo test stores prove soak mutants fuzz bench check lock clean
 
 help: ## show these lines
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand --tabs=10
@@ -62,6 +62,10 @@ fuzz: $(CACHE)/fuzz/installed ## fuzz what reads hostile input, each target for 
 	for target in $(FUZZ_TARGETS); do \
 		$(CACHE)/fuzz/bin/python tests/fuzz/run.py $$target $(FUZZ_SECONDS) $(CACHE)/fuzz/corpus $(FUZZ_SEED) || exit; \
 	done
+
+bench: install ## ours and the peers side by side; needs cc, libssl-dev, 13 GB of disk and 20 GB of memory
+	$(VENV)/bin/python bench/run.py $(BENCH_ARGS)
+	$(VENV)/bin/python bench/small.py
 
 check: install $(CACHE)/lint/installed ## format, lint, types and schemas
 	$(VENV)/bin/ruff format --check

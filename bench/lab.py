@@ -1,0 +1,178 @@
+"""What the benchmarks stand on: a checkpoint, a certificate, the server; and what it costs to run something.
+
+Times are wall-clock seconds, CPU seconds are user and system of a process and its children, memory is the
+peak of the resident set of the process and of its threads, in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import ssl
+import subprocess
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+CACHE = ROOT / ".cache" / "bench"
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+# Where what comes down is put: no disk is measured here, and no fsync, which only ours does.
+DOWN = (SHARED_MEMORY if SHARED_MEMORY.is_dir() else CACHE) / "ckpt-sidecar-bench"
+MIB = 1 << 20
+BUCKET = "bench"
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a run took."""
+
+    wall: float
+    cpu: float
+    rss: int
+
+
+# --- things ---------------------------------------------------------------------------------------------
+
+
+def checkpoint(size: int) -> Path:
+    """Return a whole checkpoint of about so many bytes: an archive as torch writes it, of random bytes."""
+    path = CACHE / f"checkpoint-{size}.pt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        block = os.urandom(min(size, 16 * MIB))
+        record = "archive/data/0"
+        with zipfile.ZipFile(temporary, "w") as archive, archive.open(record, "w", force_zip64=True) as data:
+            for n in range(size // len(block)):
+                data.write(n.to_bytes(8, "big") + block[8:])
+        temporary.rename(path)
+    with path.open("rb", buffering=0) as file:  # into the page cache: no disk is measured here
+        while file.read(16 * MIB):
+            pass
+    return path
+
+
+def certificates() -> tuple[Path, Path, Path]:
+    """Return a certificate for 127.0.0.1, its key, and the authority that has signed it."""
+    made, key, authority = (CACHE / name for name in ("server.pem", "server.key", "authority.pem"))
+    if not made.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        new = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "3650"]
+        theirs = str(CACHE / "authority.key")
+        run("openssl", *new, "-subj", "/CN=bench", "-keyout", theirs, "-out", str(authority))
+        by = ["-CA", str(authority), "-CAkey", theirs, "-addext", "basicConstraints=CA:FALSE"]
+        of = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+        run("openssl", *new, *by, *of, "-keyout", str(key), "-out", str(made))
+    return made, key, authority
+
+
+def built(name: str, *libraries: str) -> Path:
+    """Return a program of ours in C, built if it is not."""
+    source, made = HERE / f"{name}.c", CACHE / name
+    if not made.exists() or made.stat().st_mtime < source.stat().st_mtime:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        run("cc", "-O2", "-Wall", "-Wextra", "-pthread", str(source), "-o", str(made), *libraries)
+    return made
+
+
+def run(*words: str) -> None:
+    """Run a command that has to succeed."""
+    if shutil.which(words[0]) is None:
+        raise SystemExit(f"{words[0]} is needed (Debian: build-essential, libssl-dev, openssl)")
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{done.stderr}")
+
+
+# --- the server -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that runs."""
+
+    url: str
+    pid: int
+
+    def environment(self) -> dict[str, str]:
+        """What any client finds it by."""
+        return {
+            "AWS_ACCESS_KEY_ID": "bench",
+            "AWS_SECRET_ACCESS_KEY": "benchbench",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CA_BUNDLE": str(certificates()[2]),
+            "SSL_CERT_FILE": str(certificates()[2]),
+        }
+
+    def cpu(self) -> float:
+        """CPU seconds that it has used."""
+        return cpu_of(self.pid)
+
+
+@contextmanager
+def serving(content: Path, *, tls: bool) -> Iterator[Server]:
+    """Run the server; large objects have the bytes of `content`."""
+    binary = built("server", "-lssl", "-lcrypto")
+    words = [str(binary), "0", str(content), *(map(str, certificates()[:2]) if tls else ())]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        yield Server(f"http{'s' if tls else ''}://127.0.0.1:{port}", process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def size_of(server: Server, key: str) -> int:
+    """The size of the object; whoever says that it has put it there has put all of it there."""
+    context = ssl.create_default_context(cafile=str(certificates()[2]))
+    request = urllib.request.Request(f"{server.url}/{BUCKET}/{key}", method="HEAD")
+    with urllib.request.urlopen(request, context=context) as answer:
+        return int(answer.headers["Content-Length"])
+
+
+def counts(server: Server) -> dict[str, int]:
+    """How often each operation was asked so far, and how many bytes came and went."""
+    with urllib.request.urlopen(f"{server.url}/-/counts") as answer:
+        return dict(json.load(answer))
+
+
+# --- what it costs --------------------------------------------------------------------------------------
+
+
+def cost_of(words: Sequence[str], environment: Mapping[str, str]) -> Cost:
+    """Run a command to its end, which has to be a success."""
+    log, figures = CACHE / "last.log", CACHE / "last.cost"
+    measured = [str(built("cost")), str(figures), *words]
+    with log.open("wb") as out:
+        environment = os.environ | dict(environment)
+        done = subprocess.run(measured, env=environment, stdout=out, stderr=out, cwd=CACHE, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{log.read_text()[-2000:]}")
+    wall, user, system, kib = figures.read_text().split()
+    return Cost(float(wall), float(user) + float(system), int(kib) * 1024)
+
+
+def cpu_of(pid: int) -> float:
+    """CPU seconds that a living process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def rss_of(pid: int, what: str = "VmHWM") -> int:
+    """The peak (or VmRSS: the present) resident set of a living process."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{what}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(what)
