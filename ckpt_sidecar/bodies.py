@@ -16,10 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from ckpt_sidecar.bucket import KIB, Conflict, Corrupt, Sink, Source, Span, crc64, encode_crc64
+from ckpt_sidecar.bucket import MIB, Conflict, Corrupt, Sink, Source, Span, crc64, encode_crc64
 
 T = TypeVar("T")
-PIECE_BYTES = 256 * KIB  # one read or write of the socket: timeouts count, and a stop is seen, between two
+PIECE_BYTES = MIB  # one read or write of the socket: timeouts count, and a stop is seen, between two
 
 
 class Stopped(Exception):
