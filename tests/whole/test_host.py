@@ -218,7 +218,7 @@ def stop(*_):
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
 open({str(watch.parent / "pid")!r}, "w").write(str(os.getpid()) + "\\n")
-while True:
+for _ in range(6000):  # a minute: no longer, should nobody stop it
     time.sleep(0.01)
 """
     with with_a_bug(watch, target, "retention", "--", sys.executable, "-c", script) as (it, now):
