@@ -18,6 +18,7 @@
 #include <openssl/ssl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -437,7 +438,6 @@ static void answer(peer *it, const char *status, const char *headers, const char
     add(&head, "HTTP/1.1 %s\r\nServer: bench\r\nx-amz-request-id: 1\r\n%sContent-Length: %zu\r\n\r\n", status,
         headers, size);
     if (size && size < CHUNK) { /* in one segment */
-        add(&head, "%.*s", 0, "");
         head.text = realloc(head.text, head.size + size);
         memcpy(head.text + head.size, body, size);
         head.size += size, size = 0;

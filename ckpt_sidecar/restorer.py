@@ -40,6 +40,7 @@ from ckpt_sidecar.bucket import (
     spans,
 )
 from ckpt_sidecar.checkpoint import Checkpoint, File, Id
+from ckpt_sidecar.disk import is_full
 from ckpt_sidecar.events import Event, FellBack, Progress, Restored
 from ckpt_sidecar.landing import Incoming, Landing, NoRoom
 from ckpt_sidecar.manifest import Entry, Manifest, described
@@ -163,7 +164,7 @@ class Restorer:
         except (BucketError, OSError) as error:
             if isinstance(error, BucketError) and error.reason in ("bucket", "region"):
                 raise
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and is_full(error):
                 raise NoRoom(
                     f"the checkpoint has {entry.size} bytes, and the disk is full: {error}"
                 ) from error

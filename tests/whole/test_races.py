@@ -533,18 +533,23 @@ def test_a_watch_dir_that_is_mounted_over_is_served_where_it_leads_to(
 # --- a full disk -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def inside(watch: Path, mounts: Mounts) -> Path:
+    """The watch dir, on a small disk of its own."""
+    mounts.tmpfs(watch, "size=32m,nr_inodes=100")
+    return mounts.path(watch)
+
+
 @pytest.mark.long
 @pytest.mark.fault("E4")
 @ON_ONE
 def test_on_a_disk_without_a_byte_left_what_is_whole_is_pinned_and_sent(
-    tmp_path: Path, watch: Path, target: Target, mounts: Mounts
+    tmp_path: Path, inside: Path, target: Target, mounts: Mounts
 ) -> None:
     """No journal can be written, and that is said; the trainer's torn save is not sent, nothing is kept."""
-    inside = mounts.path(watch)
-    mounts.tmpfs(watch, "size=32m")
     with daemon(inside, target, before=mounts.enter, log=tmp_path / "log") as it:
         it.wait_ready()
-        big = save(watch.parent / "big.pt", os.urandom(20 * MIB))
+        big = save(tmp_path / "big.pt", os.urandom(20 * MIB))
         small = archive("small")
         (inside / "big.tmp").write_bytes(big)
         (inside / "small.tmp").write_bytes(small)
@@ -571,11 +576,9 @@ def test_on_a_disk_without_a_byte_left_what_is_whole_is_pinned_and_sent(
 @pytest.mark.fault("E4")
 @ON_ONE
 def test_on_a_disk_without_a_byte_left_a_restart_sends_what_is_there(
-    tmp_path: Path, watch: Path, target: Target, mounts: Mounts
+    tmp_path: Path, inside: Path, target: Target, mounts: Mounts
 ) -> None:
     """The trainer has filled it, and somebody restarts the pod: what is whole is durable, and makes room."""
-    inside = mounts.path(watch)
-    mounts.tmpfs(watch, "size=32m")
     with daemon(inside, target, before=mounts.enter, log=tmp_path / "log") as it:
         it.wait_ready()
         it.process.kill()
@@ -596,11 +599,9 @@ def test_on_a_disk_without_a_byte_left_a_restart_sends_what_is_there(
 @pytest.mark.fault("E4")
 @ON_ONE
 def test_on_a_disk_without_an_inode_left_a_descriptor_holds_what_is_sent(
-    tmp_path: Path, watch: Path, target: Target, mounts: Mounts
+    tmp_path: Path, inside: Path, target: Target, mounts: Mounts
 ) -> None:
     """No link can be made, and that is said; although the trainer deletes the file at once, it arrives."""
-    inside = mounts.path(watch)
-    mounts.tmpfs(watch, "size=32m,nr_inodes=100")
     with daemon(inside, target, before=mounts.enter, log=tmp_path / "log") as it:
         it.wait_ready()
         (inside / "x.tmp").write_bytes(checkpoint(1))
