@@ -31,7 +31,7 @@ ON_ONE = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def runner() -> Iterator[asyncio.Runner]:
-    """One event loop for each test and its fixtures; it leaves nothing there, and no thread that reads events."""
+    """One event loop for each test and its fixtures; nothing stays on it, and no thread that reads events."""
     with asyncio.Runner() as runner:
         yield runner
     assert not [each for each in threading.enumerate() if "Inotify" in type(each).__name__]
