@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import mmap
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from ckpt_sidecar.bucket import MIB, Conflict, Corrupt, Sink, Source, Span, crc64, encode_crc64
+from ckpt_sidecar.bucket import Conflict, Corrupt, Sink, Source, Span, crc64, encode_crc64
+from ckpt_sidecar.pace import PIECE_BYTES, Pace
 
 T = TypeVar("T")
-PIECE_BYTES = MIB  # one read or write of the socket: timeouts count, and a stop is seen, between two
 
 
 class Stopped(Exception):
@@ -54,10 +57,13 @@ class Body:
     A run longer than the buffer is read twice: for its checksum, then to be sent.
     """
 
-    def __init__(self, source: Source, span: Span, buffer: memoryview, *, stop: threading.Event) -> None:
+    def __init__(
+        self, source: Source, span: Span, buffer: memoryview, *, pace: Pace, stop: threading.Event
+    ) -> None:
         self._source = source
         self._span = span
         self._buffer = buffer
+        self._pace = pace
         self._stop = stop
         self._held = False  # the buffer holds all of it
         self._crcs: list[int] = []  # of everything up to the end of each buffer's worth
@@ -82,9 +88,13 @@ class Body:
             crc = expected if self._held else crc64(block, crc)
             if crc != expected:
                 raise Corrupt(f"part {self._span.number}: the bytes on the disk changed while they were sent")
-            for start in range(0, len(block), PIECE_BYTES):
+            done = 0
+            while done < len(block):
+                piece = block[done : done + self._pace.piece_bytes]
+                self._stop.wait(self._pace.wait_for(len(piece)))
                 _check(self._stop)
-                yield block[start : start + PIECE_BYTES]
+                yield piece
+                done += len(piece)
 
     def _blocks(self) -> Iterator[memoryview]:
         """Yield all bytes, a buffer's worth at a time."""
@@ -115,12 +125,13 @@ class Held:
         return len(found)
 
 
-def started(count: int, name: str) -> ThreadPoolExecutor:
+def started(count: int, name: str, *, nice: int = 0) -> ThreadPoolExecutor:
     """Return a pool whose threads all run already: none is missing later, when others have used a limit up.
 
-    RuntimeError when they cannot be had.
+    They are nicer by so much than who starts them: on Linux that is a matter of each thread, and while no
+    I/O priority is set, the kernel derives it from that. RuntimeError when they cannot be had.
     """
-    pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+    pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=_be_nice, initargs=(nice,))
     all_here = threading.Barrier(count)
     try:
         for job in [pool.submit(all_here.wait) for _ in range(count)]:
@@ -132,6 +143,11 @@ def started(count: int, name: str) -> ThreadPoolExecutor:
     return pool
 
 
+def _be_nice(by: int) -> None:
+    with suppress(OSError):  # a sandbox that does not let it be is none of our business
+        os.nice(by)
+
+
 class BodyThreads:
     """Sends and fetches bodies through a boto3 client; errors come out as it, source or sink raise them.
 
@@ -140,12 +156,15 @@ class BodyThreads:
     would have to leave within one timeout.
     """
 
-    def __init__(self, client: Any, *, workers: int, buffer_bytes: int) -> None:
+    def __init__(
+        self, client: Any, *, workers: int, buffer_bytes: int, pace: Pace | None = None, nice: int = 0
+    ) -> None:
         self._client = client
+        self._pace = pace or Pace(0.0, clock=time.monotonic)
         client.meta.events.register("before-send.s3", self._put_in)
         self._buffer_bytes = buffer_bytes
         self._own = threading.local()
-        self._threads = started(workers, "body")
+        self._threads = started(workers, "body", nice=nice)
 
     def close(self) -> None:
         """End the threads; none is at work any more, for every await of one was waited for."""
@@ -157,7 +176,7 @@ class BodyThreads:
         """Send one run of the source; return the store's answer and the CRC64NVME of what was sent."""
 
         def work(buffer: memoryview, stop: threading.Event) -> tuple[dict[str, Any], int]:
-            body = Body(source, span, buffer, stop=stop)
+            body = Body(source, span, buffer, pace=self._pace, stop=stop)
             body.read_through(checks)
             ask = getattr(self._client, operation)
             with self._sending(body):
@@ -209,9 +228,12 @@ class BodyThreads:
         request.body = getattr(self._own, "body", None) or request.body
 
     def _buffer(self) -> memoryview:
-        """Return this thread's own buffer."""
+        """Return this thread's own buffer; what is used of it takes memory, in pages that copy faster."""
         if not hasattr(self._own, "buffer"):
-            self._own.buffer = memoryview(bytearray(self._buffer_bytes))
+            own = mmap.mmap(-1, self._buffer_bytes)
+            with suppress(OSError):  # a kernel without huge pages
+                own.madvise(mmap.MADV_HUGEPAGE)
+            self._own.buffer = memoryview(own)
         buffer: memoryview = self._own.buffer
         return buffer
 

@@ -28,7 +28,9 @@ def made(endpoint_url: str | None, workers: int) -> tuple[Any, Any]:
     import aioboto3  # noqa: PLC0415 (0.8 s, which `--help` need not wait for)
     import boto3  # noqa: PLC0415
     from aiobotocore.config import AioConfig  # noqa: PLC0415
+    from aiobotocore.session import AioSession  # noqa: PLC0415
     from botocore.config import Config  # noqa: PLC0415
+    from botocore.session import Session  # noqa: PLC0415
 
     common: dict[str, Any] = {
         "retries": {"total_max_attempts": 1},
@@ -47,8 +49,11 @@ def made(endpoint_url: str | None, workers: int) -> tuple[Any, Any]:
     control = AioConfig(
         max_pool_connections=CONTROL_CONNECTIONS, http_session_cls=_verifying_session(), **common
     )
-    client = boto3.Session().client("s3", endpoint_url=endpoint_url, config=bodies)
-    return client, aioboto3.Session().client("s3", endpoint_url=endpoint_url, config=control)
+    session, aio_session = Session(), AioSession()
+    aio_session.register_component("data_loader", session.get_component("data_loader"))  # 12 MiB, once
+    client = boto3.Session(botocore_session=session).client("s3", endpoint_url=endpoint_url, config=bodies)
+    aio = aioboto3.Session(botocore_session=aio_session)
+    return client, aio.client("s3", endpoint_url=endpoint_url, config=control)
 
 
 def _verifying_session() -> Any:

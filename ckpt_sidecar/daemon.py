@@ -19,6 +19,7 @@ import click
 
 from ckpt_sidecar import __version__
 from ckpt_sidecar.bodies import started
+from ckpt_sidecar.bucket import MIB
 from ckpt_sidecar.checkpoint import Book
 from ckpt_sidecar.child import ENDS, FORWARDED, STOPS, CannotRun, Child, reap_orphans
 from ckpt_sidecar.events import Event, Failed
@@ -27,6 +28,7 @@ from ckpt_sidecar.manifest import Holder
 from ckpt_sidecar.metrics import Metrics
 from ckpt_sidecar.notices import endpoint_of, watch_notices
 from ckpt_sidecar.outside import Tell, opened_bucket, opened_log, opened_spool, real_times, with_progress
+from ckpt_sidecar.pace import Pace
 from ckpt_sidecar.settings import Settings, attempt_of
 from ckpt_sidecar.sidecar import End, Exit, Sidecar, World
 from ckpt_sidecar.spool import Spool
@@ -165,7 +167,9 @@ async def _daemon(
         except OSError as error:  # then `status` and `wait` do not find us; nothing else is worse for it
             tell(Failed("start", "disk", str(spool.home), str(error), "look at the watch dir's disk"))
 
-    async with opened_bucket(settings, tell) as bucket:
+    pace = Pace(settings.max_bandwidth * MIB, clock=time.monotonic)
+    readers.append(pace.tell)
+    async with opened_bucket(settings, tell, pace=pace) as bucket:
         world = World(bucket, real_times(), time.monotonic, _me(settings), tell, leave)
         sidecar = Sidecar(settings, world, spool=spool, book=book)
         child = Child(command, grace=settings.drain_timeout) if command else None

@@ -17,6 +17,8 @@ from typing import IO, BinaryIO
 
 from ckpt_sidecar.checkpoint import File
 
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # 0 on a C library without preadv2
+
 
 def file_of(name: str, status: os.stat_result) -> File:
     """The file of that name with this status."""
@@ -191,22 +193,49 @@ class BytesChanged(Exception):
 
 
 class PinnedFile:
-    """The open bytes of a pin: a `bucket.Source` that never hands out bytes of a file that has changed."""
+    """The open bytes of a pin: a `bucket.Source` that never hands out bytes of a file that has changed.
+
+    The page cache is the trainer's: what was in it stays as it was, and what we bring in can be given back.
+    """
 
     def __init__(self, descriptor: int, file: File) -> None:
         self._descriptor = descriptor
         self._file = file
+        self._brought: set[int] = set()  # offsets at which a read found less in the cache than it wanted
+        with suppress(OSError):  # what we read is not needed again, and nothing ahead of it is needed yet
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_NOREUSE)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read_into(self, offset: int, view: memoryview) -> int:
         """Fill `view` from `offset`; return how many bytes there were. BytesChanged: they are not those."""
-        got = 0
+        cached = self._read_cached(offset, view)
+        got = cached or 0
         while got < len(view):
             n = os.preadv(self._descriptor, [view[got:]], offset + got)
             if n == 0:
                 break
             got += n
+        if cached is not None and cached < got:
+            self._brought.add(offset)
         self.check()
         return got
+
+    def _read_cached(self, offset: int, view: memoryview) -> int | None:
+        """Fill `view` with what the page cache holds of it; None where the file system does not tell."""
+        try:
+            return os.preadv(self._descriptor, [view], offset, _NOWAIT) if _NOWAIT else None
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return None
+
+    def uncache(self, offset: int, size: int) -> None:
+        """Give the page cache back what reading this range has brought into it."""
+        brought = {each for each in list(self._brought) if offset <= each < offset + size}
+        if brought:
+            self._brought -= brought
+            with suppress(OSError):
+                os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
     def open(self) -> BinaryIO:
         """The bytes as they are now, for a look at their format."""
@@ -227,5 +256,6 @@ class PinnedFile:
             )
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Give the descriptor back, and what is left to be given back of the page cache."""
+        self.uncache(0, self._file.size)
         os.close(self._descriptor)

@@ -20,6 +20,7 @@ from ckpt_sidecar.events import Event, Failed, Progress
 from ckpt_sidecar.identity import SpoolError
 from ckpt_sidecar.ledger import Times
 from ckpt_sidecar.log import Log, Outlet, configure, default_stream, on_terminal
+from ckpt_sidecar.pace import Pace
 from ckpt_sidecar.patience import PatientBucket
 from ckpt_sidecar.s3 import S3Bucket
 from ckpt_sidecar.settings import Settings
@@ -49,7 +50,9 @@ def opened_log(settings: Settings, outlet: Outlet | None = None) -> Log:
 
 
 @asynccontextmanager
-async def opened_bucket(settings: Settings, tell: Tell) -> AsyncIterator[PatientBucket]:
+async def opened_bucket(
+    settings: Settings, tell: Tell, *, pace: Pace | None = None
+) -> AsyncIterator[PatientBucket]:
     """The bucket; a configuration that cannot be used is said, and ends the program."""
     opening = S3Bucket.open(
         settings.bucket,
@@ -57,6 +60,8 @@ async def opened_bucket(settings: Settings, tell: Tell) -> AsyncIterator[Patient
         owner=settings.expected_bucket_owner,
         workers=settings.workers,
         part_bytes=PART_BYTES,
+        pace=pace,
+        nice=settings.nice,
         tell=tell,
     )
     async with AsyncExitStack() as stack:

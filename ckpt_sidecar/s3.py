@@ -41,6 +41,7 @@ from ckpt_sidecar.bucket import (
 )
 from ckpt_sidecar.clients import made, say_owner
 from ckpt_sidecar.events import Requested
+from ckpt_sidecar.pace import Pace
 from ckpt_sidecar.probe import FULL_OBJECT, Manners, probe
 
 T = TypeVar("T")
@@ -78,11 +79,14 @@ class S3Bucket:
         owner: str = "",
         workers: int = WORKERS,
         part_bytes: int = PART_BYTES,
+        pace: Pace | None = None,
+        nice: int = 0,
         tell: Callable[[Requested], None],
     ) -> AsyncIterator[S3Bucket]:
         """Connect to nothing yet, but have all that is needed; credentials and region by the AWS chain.
 
-        With an `owner` every request is refused where the bucket is another account's.
+        With an `owner` every request is refused where the bucket is another account's. Bodies leave at the
+        pace, where there is one; the threads that move them are nicer than this one by `nice`.
         Memory for bodies is `workers` times `part_bytes`, also where parts are larger.
         """
         async with AsyncExitStack() as stack:
@@ -96,7 +100,7 @@ class S3Bucket:
             stack.callback(client.close)
             for each in (client, control) if owner else ():
                 say_owner(each, owner)
-            bodies = BodyThreads(client, workers=workers, buffer_bytes=part_bytes)
+            bodies = BodyThreads(client, workers=workers, buffer_bytes=part_bytes, pace=pace, nice=nice)
             stack.callback(bodies.close)
             yield cls(name, control=control, bodies=bodies, tell=tell, owner=owner)
 

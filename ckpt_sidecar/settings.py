@@ -59,6 +59,12 @@ class Settings:
         metavar="HOST:PORT",
     )
     workers: int = _setting(4, "Parts sent or fetched at a time; memory grows by 8 MiB for each.")
+    max_bandwidth: float = _setting(
+        0.0,
+        "MiB per second for all uploads together, until a drain or a notice; 0 is no limit.",
+        metavar="MIB",
+    )
+    nice: int = _setting(10, "How much nicer (0 to 19) the threads are that move the bytes.")
     settle: float = _setting(1.0, "Seconds for which a file written in place must lie still.")
     rescan_every: float = _setting(30.0, "Seconds between two listings of the watch dir; events besides.")
     drain_timeout: float = _setting(
@@ -154,6 +160,10 @@ def _between(least: float, most: float) -> Callable[[float], str | None]:
     return lambda value: None if least <= value <= most else f"is not from {least:g} to {most:g}"
 
 
+def _flaw_of_bandwidth(mib: float) -> str | None:
+    return None if mib == 0 or 0.1 <= mib <= 10**6 else "is neither 0 nor from 0.1 to 1000000 MiB per second"
+
+
 def _flaw_of_format(word: str) -> str | None:
     return None if word in ("auto", "json", "console") else "is none of auto, json, console"
 
@@ -180,6 +190,8 @@ _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "expected_bucket_owner": _flaw_of_owner,
     "pattern": _flaw_of_patterns,
     "workers": _between(1, 64),
+    "max_bandwidth": _flaw_of_bandwidth,
+    "nice": _between(0, 19),
     "settle": _between(0, 3600),
     "rescan_every": _between(0.1, 86_400),
     "drain_timeout": _between(0, 86_400),

@@ -27,7 +27,6 @@ from ckpt_sidecar.bucket import (
     ObjectRef,
     Part,
     Refused,
-    Source,
     Span,
     Unchanged,
     Unreachable,
@@ -308,6 +307,7 @@ class Uploader:
             for span in todo:
                 async with self._slots.taken(job.checkpoint.id):
                     parts[span.number] = await self._bucket.put_part(upload, span, job.source)
+                job.source.uncache(span.offset, span.size)
                 done += span.size
                 self._tell(Progress(job.checkpoint.name, "up", span.size, done, job.size))
 
@@ -351,7 +351,9 @@ class Uploader:
         raise beaten
 
 
-def _agreeing_parts(source: Source, layout: Sequence[Span], listed: Mapping[int, Part]) -> dict[int, Part]:
+def _agreeing_parts(
+    source: PinnedFile, layout: Sequence[Span], listed: Mapping[int, Part]
+) -> dict[int, Part]:
     """Which listed parts have the local bytes: by checksum, by MD5 etag where the store keeps none."""
     have = {}
     buffer = memoryview(bytearray(max(span.size for span in layout)))
@@ -364,6 +366,7 @@ def _agreeing_parts(source: Source, layout: Sequence[Span], listed: Mapping[int,
             crc = encode_crc64(crc64(view))
             if crc == part.crc64nvme or (part.crc64nvme is None and part.etag == _md5(view)):
                 have[span.number] = replace(part, crc64nvme=crc)
+        source.uncache(span.offset, span.size)
     return have
 
 
@@ -371,12 +374,13 @@ def _md5(view: memoryview) -> str:
     return hashlib.md5(view, usedforsecurity=False).hexdigest()
 
 
-def crc_of(source: Source, size: int) -> str:
+def crc_of(source: PinnedFile, size: int) -> str:
     """The CRC64NVME of the whole source as S3 writes it, read in small pieces."""
     crc, offset, view = 0, 0, memoryview(bytearray(MIB))
     while offset < size:
         got = source.read_into(offset, view[: min(MIB, size - offset)])
         if got == 0:
             break
+        source.uncache(offset, got)
         crc, offset = crc64(view[:got], crc), offset + got
     return encode_crc64(crc)
