@@ -3,6 +3,7 @@
     floor.py WHAT URL FILE
 
 sendall    a buffer, sent again and again until as many bytes have gone as the file has
+readsend   the file, read into a buffer and sent from there
 sendfile   the file, by the kernel
 recv       into a buffer, again and again, and nowhere else
 recvfile   into a buffer, and from there into a file
@@ -30,12 +31,12 @@ def connected(url: str) -> socket.socket:
     return context.wrap_socket(plain, server_hostname=where.hostname)
 
 
-def put(url: str, path: str, *, by_kernel: bool) -> None:
+def put(url: str, path: str, how: str) -> None:
     """Send."""
     size = os.stat(path).st_size
     with connected(url) as to, open(path, "rb", buffering=0) as file:
         to.sendall(f"PUT /bench/floor HTTP/1.1\r\nHost: bench\r\nContent-Length: {size}\r\n\r\n".encode())
-        if by_kernel:
+        if how == "sendfile":
             done = 0
             while done < size:
                 done += os.sendfile(to.fileno(), file.fileno(), done, size - done)
@@ -45,6 +46,8 @@ def put(url: str, path: str, *, by_kernel: bool) -> None:
             while left > 0:
                 to.sendall(buffer[: min(PIECE, left)])
                 left -= PIECE
+                if how == "readsend":
+                    file.readinto(buffer)
         assert to.recv(PIECE).startswith(b"HTTP/1.1 200")
 
 
