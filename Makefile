@@ -66,6 +66,7 @@ fuzz: $(CACHE)/fuzz/installed ## fuzz what reads hostile input, each target for 
 bench: install ## ours and the peers side by side; needs cc, libssl-dev, 13 GB of disk and 20 GB of memory
 	$(VENV)/bin/python bench/run.py $(BENCH_ARGS)
 	$(VENV)/bin/python bench/small.py
+	$(VENV)/bin/python bench/trainer.py
 
 check: install $(CACHE)/lint/installed ## format, lint, types and schemas
 	$(VENV)/bin/ruff format --check
