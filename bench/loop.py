@@ -5,8 +5,8 @@
 It fine-tunes: a small part of the model is trained, the rest is frozen and only makes the checkpoint as large
 as it is asked to be, so a step takes some tens of milliseconds whatever that size is. After every `--every`
 steps it saves, and once more so many steps come after the last save. At its end it writes a line of JSON to
-standard output for each thing: `what` (step, save, upload), `name` of the checkpoint or "", `began` and `ended`
-(seconds since the epoch). Steps to warm up are not told.
+standard output for each thing: `what` (step, save, upload), `name` of the checkpoint or "", `began` and
+`ended` (seconds since the epoch). Steps to warm up are not told.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def prepare() -> None:
     if installed.exists() and installed.read_text() == wanted:
         return
     subprocess.run([sys.executable, "-m", "venv", str(CACHE / "venv")], check=True)
-    pip = [str(VENV / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(VENV / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "-r", str(HERE / "requirements.txt")], check=True)
     installed.write_text(wanted)
 

@@ -5,11 +5,11 @@
 
 `--sidecar=OPTIONS` is given once for each way to run the sidecar: --sidecar= --sidecar='--workers 1'.
 
-Trainer, sidecar and server share the machine's cores. Where the trainer computes on all of them (`--threads 2`
-on two), nobody can upload without taking something from it; `--threads 1` leaves one free, as a trainer does
-whose steps run on a GPU. Local files lie in memory (/dev/shm), so that no disk is measured; the trainer keeps
-two of them and deletes older ones, which is part of its save. All ways are run in alternation; every figure is
-the median of the rounds, and ratios are to the run of the same round without any upload.
+Trainer, sidecar and server share the machine's cores. Where the trainer computes on all of them (`--threads
+2` on two), nobody can upload without taking something from it; `--threads 1` leaves one free. Local files lie in
+memory (/dev/shm), so that no disk is measured; the trainer keeps two of them and deletes older ones, which is
+part of its save. All ways are run in alternation; every figure is the median of the rounds, and ratios are to
+the run of the same round without any upload.
 
 save blocks     seconds for which a save keeps the loop from its next step (median of the saves)
 durable after   seconds from the beginning of a save until the bucket has it (median of the saves)
@@ -277,13 +277,11 @@ def main() -> None:
     given = parser.parse_args()
     prepare()
     sidecars = [Way(f"ckpt-sidecar {each}".strip(), "local", each) for each in given.sidecar or SIDECARS]
-    ways = [
-        way for way in (*sidecars, *PEERS) if not given.only or any(word in way.name for word in given.only)
-    ]
+    others = [way for way in (*sidecars, *PEERS) if any(word in way.name for word in given.only or [""])]
     results: dict[str, dict[str, Any]] = {}
     try:
         for threads in given.threads:
-            what = f"{threads} of torch's threads, {given.mib} MiB every {given.every} steps, {given.rounds} rounds"
+            what = f"{threads} threads, {given.mib} MiB every {given.every} steps, {given.rounds} rounds"
             print(what, file=sys.stderr)
             asked = [f"--mib={given.mib}", f"--saves={given.saves}", f"--every={given.every}"]
             with serving(checkpoint(SMALL), tls=False) as server:
