@@ -5,8 +5,8 @@
 
 `--sidecar=OPTIONS` is given once for each way to run the sidecar: --sidecar= --sidecar='--workers 1'.
 
-Trainer, sidecar and server share the machine's cores. Where the trainer computes on all of them (`--threads
-2` on two), nobody can upload without taking something from it; `--threads 1` leaves one free. Local files lie in
+Trainer, sidecar and server share the machine's cores. Where the trainer computes on all of them (two threads on
+two), nobody can upload without taking something from it; `--threads 1` leaves one free. Local files lie in
 memory (/dev/shm), so that no disk is measured; the trainer keeps two of them and deletes older ones, which is
 part of its save. All ways are run in alternation; every figure is the median of the rounds, and ratios are to
 the run of the same round without any upload.
@@ -14,7 +14,7 @@ the run of the same round without any upload.
 save blocks     seconds for which a save keeps the loop from its next step (median of the saves)
 durable after   seconds from the beginning of a save until the bucket has it (median of the saves)
 step            milliseconds (median) while no upload is under way, and while one is: for the sidecar from
-                `checkpoint_pinned` to `checkpoint_committed` in its log; slower is against no upload at all
+                `checkpoint_pinned` to `checkpoint_committed` in its log; slower is against `no upload`
 a save costs    seconds that the loop loses by a save: blocked, or in steps that an upload makes slower
 loop            seconds from the first step to the end of the last
 all durable     seconds from the first step until the bucket has the last checkpoint
