@@ -5,8 +5,8 @@
 
 `--sidecar=OPTIONS` is given once for each way to run the sidecar: --sidecar= --sidecar='--workers 1'.
 
-Trainer, sidecar and server share the machine's cores. Where the trainer computes on all of them (two threads on
-two), nobody can upload without taking something from it; `--threads 1` leaves one free. Local files lie in
+Trainer, sidecar and server share the machine's cores. Where the trainer computes on all of them (two threads
+on two), nobody can upload without taking something from it; `--threads 1` leaves one free. Local files lie in
 memory (/dev/shm), so that no disk is measured; the trainer keeps two of them and deletes older ones, which is
 part of its save. All ways are run in alternation; every figure is the median of the rounds, and ratios are to
 the run of the same round without any upload.
