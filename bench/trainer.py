@@ -40,7 +40,7 @@ from lab import BUCKET, CACHE, DOWN, HERE, Server, checkpoint, serving, size_of
 from ours import Sidecar, sidecar
 from run import SMALL, VENV, prepare
 
-SIDECARS = ("", "--workers 2", "--workers 1")  # options, for each way to run it
+SIDECARS = ("", "--nice 0", "--workers 2", "--max-bandwidth 100")  # options, for each way to run it
 SECONDS = 600.0  # for a loop to end
 PLACE = DOWN / f"trainer-{os.getpid()}"
 _numbers = count()
