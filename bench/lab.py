@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import ssl
 import subprocess
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
 from pathlib import Path
+from typing import Any
+
+import boto3
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -134,12 +138,38 @@ def serving(content: Path, *, tls: bool) -> Iterator[Server]:
         process.wait()
 
 
+@cache
+def s3(server: Server) -> Any:
+    """Return a client of the server, for what is not measured."""
+    at = server.environment()
+    return boto3.client("s3", endpoint_url=server.url, verify=at.get("AWS_CA_BUNDLE"), **credentials(at))
+
+
+def credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the environment names of them, as boto3 is told; it finds the others itself."""
+    named = {
+        "aws_access_key_id": "AWS_ACCESS_KEY_ID",
+        "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY",
+        "region_name": "AWS_REGION",
+    }
+    return {name: environment[variable] for name, variable in named.items() if variable in environment}
+
+
 def size_of(server: Server, key: str) -> int:
-    """The size of the object; whoever says that it has put it there has put all of it there."""
-    context = ssl.create_default_context(cafile=str(certificates()[2]))
-    request = urllib.request.Request(f"{server.url}/{BUCKET}/{key}", method="HEAD")
-    with urllib.request.urlopen(request, context=context) as answer:
-        return int(answer.headers["Content-Length"])
+    """The size of the object in bytes, -1 where there is none: a client's word is not enough."""
+    try:
+        return int(s3(server).head_object(Bucket=BUCKET, Key=key)["ContentLength"])
+    except s3(server).exceptions.ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.NOT_FOUND:
+            raise
+        return -1
+
+
+def erase(server: Server, prefix: str) -> None:
+    """Delete all objects with that prefix."""
+    pages = s3(server).get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    for each in [each for page in pages for each in page.get("Contents", [])]:
+        s3(server).delete_object(Bucket=BUCKET, Key=each["Key"])
 
 
 def counts(server: Server) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Ours and the peers side by side: the same file, the same server, in alternation. `make bench` runs it.
 
     run.py [--mib 4096] [--rounds 5] [--only WORD …]
+    run.py --endpoint URL …    against a real store, with the credentials of the environment
 
 Every figure is the median of the rounds. CPU is what a client spent itself, its start taken off: the same
 command with a small file. The server's CPU is not in it.
@@ -12,6 +13,7 @@ import argparse
 import json
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,12 +21,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lab import BUCKET, CACHE, DOWN, HERE, MIB, Cost, Server, checkpoint, cost_of, serving, size_of
+from lab import BUCKET, CACHE, DOWN, HERE, MIB, Cost, Server, checkpoint, cost_of, erase, serving, size_of
+from mounts import copied_from, copied_to, rclone_remote, usable
 from ours import restore_words, upload
+from store import Store, borrowed
 
 VENV = CACHE / "venv" / "bin"
 SMALL = 256 << 10  # bytes of the checkpoint by which the start is measured; the server keeps it
+NAME = "step_1.pt"
 LIBRARIES = ("boto3", "awscrt", "s3torchconnector", "obstore", "s3fs")
+PEERS = ("aws s3 cp", "aws s3 sync", "s5cmd", "rclone", *LIBRARIES)
+FEW = ("ckpt-sidecar", "aws s3", "s5cmd", "rclone", "obstore", "mount")  # where a real store is the slow part
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +53,15 @@ def peer(name: str, server: Server, way: str, file: Path, key: str) -> Sequence[
     match name:
         case "aws s3 cp":
             return [str(VENV / "aws"), "s3", "cp", *there, "--only-show-errors"]
+        case "aws s3 sync":
+            folders = [each.rpartition("/")[0] for each in there]
+            return [str(VENV / "aws"), "s3", "sync", *folders, "--only-show-errors"]
         case "s5cmd":
             return [str(VENV / "s5cmd"), "--endpoint-url", server.url, "cp", *there]
         case "rclone":
             remote = f":s3:{BUCKET}/{key}"
             there = (str(file), remote) if way == "put" else (remote, str(file))
-            ours = ["--s3-provider", "Other", "--s3-env-auth", "--s3-endpoint", server.url]
-            return [str(VENV / "rclone"), "copyto", *there, *ours, "--s3-no-check-bucket", "--ignore-times"]
+            return [str(VENV / "rclone"), "copyto", *there, *rclone_remote(server), "--ignore-times"]
         case _ if name.startswith("floor: "):
             return [
                 sys.executable,
@@ -65,44 +74,76 @@ def peer(name: str, server: Server, way: str, file: Path, key: str) -> Sequence[
             return [str(VENV / "python"), str(HERE / "client.py"), name, way, str(file), key]
 
 
-PEERS = ("aws s3 cp", "s5cmd", "rclone", *LIBRARIES)
+def floors(server: Server, way: str) -> Sequence[str]:
+    """The floors that this server lets be measured: they sign nothing."""
+    if isinstance(server, Store):
+        return ()
+    if way == "get":
+        return ("floor: recv", "floor: recvfile")
+    return ("floor: sendall",) if server.url.startswith("https:") else ("floor: sendall", "floor: sendfile")
 
 
-def uploads(server: Server, file: Path, small: Path, *, tls: bool) -> dict[str, Callable[[int], Cost]]:
-    """By client: what one upload costs, its start taken off."""
+def allowed(server: Server) -> Sequence[str]:
+    """What the sidecar has to be told where the store may have no conditional writes."""
+    return ("--allow-unfenced",) if isinstance(server, Store) else ()
+
+
+def uploads(server: Server, file: Path, small: Path) -> dict[str, Callable[[int], Cost]]:
+    """By client: what one upload costs, its start taken off; what was put there is deleted."""
+
+    def ours(_round: int) -> Cost:
+        cost = upload(server, file, "run", *allowed(server))
+        erase(server, "run/")
+        return cost
 
     def other(name: str) -> Callable[[int], Cost]:
         def measure(_round: int) -> Cost:
-            start = cost_of(peer(name, server, "put", small, "small"), server.environment())
-            whole = cost_of(peer(name, server, "put", file, "large"), server.environment())
-            if size_of(server, "floor" if name.startswith("floor") else "large") != file.stat().st_size:
+            keys = (f"small/{NAME}", f"large/{NAME}")
+            words = [
+                peer(name, server, "put", each, key) for each, key in zip((small, file), keys, strict=True)
+            ]
+            start, whole = (cost_of(each, server.environment()) for each in words)
+            if size_of(server, "floor" if name.startswith("floor") else keys[1]) != file.stat().st_size:
                 raise RuntimeError(f"{name} has put something else there")
+            for key in keys:
+                erase(server, key)
             return net(whole, start)
 
         return measure
 
-    floors = ("floor: sendall",) if tls else ("floor: sendall", "floor: sendfile")
+    def mount(name: str) -> Callable[[int], Cost]:
+        return lambda _round: copied_to(name, server, file)
+
     return {
-        "ckpt-sidecar": lambda n: upload(server, file, f"run-{n}"),
-        **{name: other(name) for name in (*floors, *PEERS)},
+        "ckpt-sidecar": ours,
+        **{name: other(name) for name in (*floors(server, "put"), *PEERS)},
+        **{name: mount(name) for name in usable(server)},
     }
+
+
+def seed(server: Server, file: Path, small: Path) -> Sequence[str]:
+    """Put there what is to come down, for ours and for the others, whose keys are returned."""
+    keys = (f"small/{NAME}", f"large/{NAME}")
+    for each, key in zip((small, file), keys, strict=True):
+        upload(server, each, f"restore-{key.partition('/')[0]}", *allowed(server))
+        cost_of(peer("aws s3 cp", server, "put", each, key), server.environment())
+    if floors(server, "get"):
+        cost_of(peer("floor: sendall", server, "put", file, ""), server.environment())
+    return keys
 
 
 def restores(server: Server, file: Path, small: Path) -> dict[str, Callable[[int], Cost]]:
     """By client: what one download costs, its start taken off; what is restored is put there first."""
     environment = server.environment()
-    for each, name in ((small, "small"), (file, "large")):
-        upload(server, each, f"restore-{name}")
-        cost_of(peer("floor: sendall", server, "put", each, ""), environment)
-        cost_of(peer("aws s3 cp", server, "put", each, name), environment)
-    DOWN.mkdir(exist_ok=True)
-    target = DOWN / "down.pt"
+    keys = seed(server, file, small)
+    target = DOWN / "down" / NAME
+    target.parent.mkdir(parents=True, exist_ok=True)
 
     def ours(_round: int) -> Cost:
         costs = []
         for name in ("small", "large"):
             costs.append(cost_of(restore_words(f"restore-{name}", DOWN / "watch"), environment))
-            if not (DOWN / "watch" / "step_1.pt").exists():
+            if not (DOWN / "watch" / NAME).exists():
                 raise RuntimeError("it was not restored")
             shutil.rmtree(DOWN / "watch")
         return net(costs[1], costs[0])
@@ -120,8 +161,15 @@ def restores(server: Server, file: Path, small: Path) -> dict[str, Callable[[int
 
         return measure
 
-    floors = {name: other(name, "floor") for name in ("floor: recv", "floor: recvfile")}
-    return {"ckpt-sidecar": ours, **floors, **{name: other(name, "small", "large") for name in PEERS}}
+    def mount(name: str) -> Callable[[int], Cost]:
+        return lambda _round: copied_from(name, server, keys[1], target=target)
+
+    return {
+        "ckpt-sidecar": ours,
+        **{name: other(name, "floor") for name in floors(server, "get")},
+        **{name: other(name, *keys) for name in PEERS},
+        **{name: mount(name) for name in usable(server)},
+    }
 
 
 def net(whole: Cost, start: Cost) -> Cost:
@@ -178,6 +226,30 @@ def prepare() -> None:
     installed.write_text(wanted)
 
 
+def alone(file: Path) -> Path:
+    """The same file in a directory of its own, under the name that all its copies have."""
+    path = CACHE / "alone" / file.stem / NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.hardlink_to(file)
+    return path
+
+
+def measured(server: Server, given: argparse.Namespace, file: Path) -> list[dict[str, object]]:
+    """Measure each way against this server, and print the tables."""
+    small = alone(checkpoint(SMALL))
+    results: list[dict[str, object]] = []
+    for way in given.ways:
+        about = {"way": way, "url": server.url, "mib": given.mib, "rounds": given.rounds}
+        what = f"{way}, {server.url.partition(':')[0]}, {given.mib} MiB, {given.rounds} rounds"
+        print(what, file=sys.stderr)
+        clients = (uploads if way == "up" else restores)(server, file, small)
+        rows = compare(clients, rounds=given.rounds, only=given.only)
+        print(f"\n{what}\n\n{table(rows)}", flush=True)
+        results.append({**about, "rows": [asdict(row) for row in rows]})
+    return results
+
+
 def main() -> None:
     """Measure, print, write down."""
     parser = argparse.ArgumentParser(
@@ -187,28 +259,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ways", nargs="*", default=["up", "down"])
     parser.add_argument("--schemes", nargs="*", default=["http", "https"])
-    parser.add_argument(
-        "--only", nargs="*", default=[], help="clients with one of these words in their names"
-    )
+    parser.add_argument("--endpoint", help=f"a store, where a bucket {BUCKET} is made and deleted")
+    parser.add_argument("--only", nargs="*", help="clients with one of these words in their names")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # what was started is ended too
+    if given.only is None:
+        given.only = FEW if given.endpoint else ()
     prepare()
-    file, small = checkpoint(given.mib * MIB), checkpoint(SMALL)
-    results: dict[str, list[dict[str, object]]] = {}
-    for scheme in given.schemes:
-        for way in given.ways:
+    file = alone(checkpoint(given.mib * MIB))
+    results: list[dict[str, object]] = []
+    if given.endpoint:
+        with borrowed(given.endpoint) as store:
+            results += measured(store, given, file)
+    else:
+        for scheme in given.schemes:
             with serving(file, tls=scheme == "https") as server:
-                what = f"{way}, {scheme}, {given.mib} MiB, {given.rounds} rounds"
-                print(what, file=sys.stderr)
-                clients = (
-                    uploads(server, file, small, tls=scheme == "https")
-                    if way == "up"
-                    else restores(server, file, small)
-                )
-                rows = compare(clients, rounds=given.rounds, only=given.only)
-            print(f"\n{what}\n\n{table(rows)}", flush=True)
-            results[what] = [asdict(row) for row in rows]
+                results += measured(server, given, file)
     about = {"python": platform.python_version(), "machine": platform.platform()}
-    (CACHE / "transfers.json").write_text(json.dumps({"about": about, "results": results}, indent=1))
+    name = "store.json" if given.endpoint else "transfers.json"
+    (CACHE / name).write_text(json.dumps({"about": about, "results": results}, indent=1))
 
 
 if __name__ == "__main__":
