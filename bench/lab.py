@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ ROOT = HERE.parent
 CACHE = ROOT / ".cache" / "bench"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 # Where what comes down is put: no disk is measured here, and no fsync, which only ours does.
-DOWN = (SHARED_MEMORY if SHARED_MEMORY.is_dir() else CACHE) / "ckpt-sidecar-bench"
+# Two checkouts do not meet there.
+_NAME = f"ckpt-sidecar-bench-{zlib.crc32(str(ROOT).encode()):08x}"
+DOWN = (SHARED_MEMORY if SHARED_MEMORY.is_dir() else CACHE) / _NAME
 MIB = 1 << 20
 BUCKET = "bench"
 TICK = os.sysconf("SC_CLK_TCK")

@@ -10,6 +10,7 @@ command with a small file. The server's CPU is not in it.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import platform
 import shutil
@@ -266,6 +267,8 @@ def main() -> None:
     if given.only is None:
         given.only = FEW if given.endpoint else ()
     prepare()
+    shutil.rmtree(DOWN, ignore_errors=True)
+    atexit.register(shutil.rmtree, DOWN, ignore_errors=True)
     file = alone(checkpoint(given.mib * MIB))
     results: list[dict[str, object]] = []
     if given.endpoint:
