@@ -14,6 +14,10 @@ FUZZ_TARGETS := manifest formats
 
 SOAK_MINUTES ?= 5
 
+# The real store beside which the clients are measured too: any of tools/with-s3.
+BENCH_STORE ?= rclone
+BENCH_STORE_ARGS ?= --mib 1024 --rounds 3
+
 SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/bin/env bash' tools .ci deploy examples)
 
 .DEFAULT_GOAL := help
@@ -65,8 +69,11 @@ fuzz: $(CACHE)/fuzz/installed ## fuzz what reads hostile input, each target for 
 
 bench: install ## ours and the peers side by side; needs cc, libssl-dev, 13 GB of disk and 20 GB of memory
 	$(VENV)/bin/python bench/run.py $(BENCH_ARGS)
+	$(VENV)/bin/python bench/picture.py
 	$(VENV)/bin/python bench/small.py
 	$(VENV)/bin/python bench/trainer.py
+	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 $(BENCH_STORE) sh -c \
+		'$(VENV)/bin/python bench/run.py --endpoint "$$S3_ENDPOINT_URL" $(BENCH_STORE_ARGS)'
 
 check: install $(CACHE)/lint/installed ## format, lint, types and schemas
 	$(VENV)/bin/ruff format --check
