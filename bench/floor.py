@@ -73,6 +73,6 @@ def get(url: str, path: str, *, to_file: bool) -> None:
 if __name__ == "__main__":
     what, url, path = sys.argv[1:]
     if what.startswith("send"):
-        put(url, path, by_kernel=what == "sendfile")
+        put(url, path, what)
     else:
         get(url, path, to_file=what == "recvfile")

@@ -81,7 +81,8 @@ def floors(server: Server, way: str) -> Sequence[str]:
         return ()
     if way == "get":
         return ("floor: recv", "floor: recvfile")
-    return ("floor: sendall",) if server.url.startswith("https:") else ("floor: sendall", "floor: sendfile")
+    kernels = () if server.url.startswith("https:") else ("floor: sendfile",)
+    return ("floor: sendall", "floor: readsend", *kernels)
 
 
 def allowed(server: Server) -> Sequence[str]:
