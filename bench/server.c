@@ -2,8 +2,8 @@
 
    server PORT CONTENT [CERTIFICATE KEY]      listens on 127.0.0.1, until it is killed
 
-   Small objects (up to SMALL bytes) are kept and given back as they came, with the conditions and the
-   checksums that AWS keeps. Of a large one only the size is kept: asked for, it has the bytes of the file
+   Small objects (up to SMALL bytes, or named *.json) are kept and given back as they came, with the conditions
+   and the checksums that AWS keeps. Of a large one only the size is kept: asked for, it has the bytes of the file
    CONTENT at the same offsets, so whoever uploads that file gets it back. `GET /-/counts` tells how often
    each operation was asked, and how many bytes of bodies came in and went out, as JSON.
 
@@ -372,11 +372,17 @@ static uint64_t take_chunks(peer *it, request *ask, char *to, uint64_t room) {
     return total;
 }
 
+/* A manifest: to be kept, however long its history has grown. */
+static bool is_document(const char *key) {
+    size_t length = strlen(key);
+    return length > 5 && !strcmp(key + length - 5, ".json");
+}
+
 /* Read the body: keep a small one, throw a large one away. AWS's chunks may lie in those of HTTP. */
 static void take_body(peer *it, request *ask) {
     if (ask->expects) give(it, "HTTP/1.1 100 Continue\r\n\r\n", 25);
     uint64_t size = ask->aws_chunked ? ask->decoded : ask->length;
-    bool small = size <= SMALL && (ask->aws_chunked || !ask->chunked);
+    bool small = (size <= SMALL || is_document(ask->key)) && (ask->aws_chunked || !ask->chunked);
     if (small) ask->body = calloc(1, size + 1);
     if (ask->chunked && ask->aws_chunked) {
         uint64_t room = small ? size + 4096 : 0;
