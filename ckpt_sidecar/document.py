@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,10 +39,48 @@ class UnknownSchema(ValueError):
 # --- writing -----------------------------------------------------------------------------------------
 
 
+class Writer:
+    """Writes one version after the other; an entry that stood in the last one is not made into text again."""
+
+    def __init__(self, bucket: str) -> None:
+        self._bucket = bucket
+        self._lines: dict[Id, tuple[Entry, str]] = {}
+
+    def dump(self, manifest: Manifest) -> bytes:
+        """Return the manifest as `latest.json`: a line for each of its fields, and for each entry.
+
+        It is not left to `json` to indent it: with that, all of it goes through an encoder in Python.
+        """
+        self._lines = {each.id: (each, self._line(each)) for each in manifest.checkpoints}
+        lines = [f"{_text(name)}: {_text(value)}" for name, value in _dump_head(manifest).items()]
+        lines += [
+            _list("checkpoints", [line for _, line in self._lines.values()]),
+            _list("uploads", [_text(_dump_upload(each)) for each in manifest.uploads]),
+            _list("expiring", [_text(_dump_expiring(each)) for each in manifest.expiring]),
+        ]
+        return ("{\n " + ",\n ".join(lines) + "\n}\n").encode("ascii")
+
+    def _line(self, entry: Entry) -> str:
+        written, line = self._lines.get(entry.id, (None, ""))
+        return line if written is entry else _text(dump_entry(entry, bucket=self._bucket))
+
+
 def dump(manifest: Manifest, *, bucket: str) -> bytes:
-    """Return the manifest as `latest.json`."""
+    """Return the manifest as `latest.json`, once."""
+    return Writer(bucket).dump(manifest)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=True)
+
+
+def _list(name: str, lines: Sequence[str]) -> str:
+    return f'"{name}": [\n  ' + ",\n  ".join(lines) + "\n ]" if lines else f'"{name}": []'
+
+
+def _dump_head(manifest: Manifest) -> dict[str, Any]:
     holder = manifest.holder
-    data: dict[str, Any] = dict(manifest.extra) | {
+    return dict(manifest.extra) | {
         "schema": SCHEMA,
         "updated_at": rfc3339(manifest.updated_at),
         "write": manifest.write,
@@ -55,11 +93,7 @@ def dump(manifest: Manifest, *, bucket: str) -> bytes:
             "pid": holder.pid,
             "since": rfc3339(holder.since),
         },
-        "checkpoints": [dump_entry(each, bucket=bucket) for each in manifest.checkpoints],
-        "uploads": [_dump_upload(each) for each in manifest.uploads],
-        "expiring": [_dump_expiring(each) for each in manifest.expiring],
     }
-    return (json.dumps(data, indent=1, ensure_ascii=True) + "\n").encode("ascii")
 
 
 def dump_entry(entry: Entry, *, bucket: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ckpt_sidecar.bucket import (
     Upload,
 )
 from ckpt_sidecar.checkpoint import Id
-from ckpt_sidecar.document import UnknownSchema, dump
+from ckpt_sidecar.document import UnknownSchema, Writer
 from ckpt_sidecar.events import Adopted, Claimed, Event, Fenced, Rebuilt, RecoveryPoint, UploadAborted
 from ckpt_sidecar.manifest import (
     HISTORY,
@@ -97,6 +97,7 @@ class Ledger:
         self.manifest = Manifest()
         self.generation = 0  # ours; 0 before the claim
         self._bucket = bucket
+        self._writer = Writer(bucket.name)
         self._prefix = prefix
         self._key = prefix + MANIFEST_NAME
         self._times = times
@@ -202,7 +203,7 @@ class Ledger:
             new = each.change(new)
         new = replace(new, write=token, updated_at=self._times.wall())
         when = Absent() if self._etag is None else Unchanged(self._etag)
-        body = dump(new, bucket=self._bucket.name)
+        body = self._writer.dump(new)
         try:
             ref = await self._bucket.put(self._key, body, when=when, metadata={})
         except (Conflict, Unreachable):

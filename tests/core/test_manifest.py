@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt_sidecar import document
 from ckpt_sidecar.bucket import ObjectRef, encode_crc64
 from ckpt_sidecar.checkpoint import Id
-from ckpt_sidecar.document import Mangled, UnknownSchema, dump, parse
+from ckpt_sidecar.document import Mangled, UnknownSchema, Writer, dump, dump_entry, parse
 from ckpt_sidecar.manifest import (
     Announced,
     Entry,
@@ -66,6 +68,26 @@ def test_what_is_written_reads_back() -> None:
     """Every field survives, unknown ones too, and times to the nanosecond."""
     assert parse(dump(FULL, bucket="b"), prefix=PREFIX) == FULL
     assert parse(dump(Manifest(), bucket="b"), prefix="") == Manifest()
+
+
+def test_an_entry_is_made_into_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit costs what is new, however long the history: also where an id has another entry now."""
+    made: list[Id] = []
+
+    def count(each: Entry, *, bucket: str) -> dict[str, Any]:
+        made.append(each.id)
+        return dump_entry(each, bucket=bucket)
+
+    monkeypatch.setattr(document, "dump_entry", count)
+    writer, manifest = Writer("b"), FULL
+    for n in range(3, 200):
+        manifest = committed(manifest, entry(n))
+        assert writer.dump(manifest) == writer.dump(replace(manifest))
+    assert sorted(made) == [Id(1, n) for n in range(1, 200)]
+    other = replace(entry(199), stored_at=1)
+    manifest = replace(manifest, checkpoints=(other, *manifest.checkpoints[1:]))
+    assert parse(writer.dump(manifest), prefix=PREFIX) == manifest
+    assert writer.dump(manifest) == dump(manifest, bucket="b")
 
 
 def test_the_file_is_what_the_design_says() -> None:
