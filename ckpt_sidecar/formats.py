@@ -15,7 +15,8 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 from ckpt_sidecar.bucket import MAX_OBJECT_BYTES
@@ -41,9 +42,19 @@ class Rules:
 
     def wants(self, name: str) -> bool:
         """Can the file `name` (relative, `/`-separated) be a checkpoint? Temporary names never are."""
+        of_last, of_whole = _compiled(self.patterns)
         parts = name.split("/")
-        matches = any(fnmatchcase(name if "/" in each else parts[-1], each) for each in self.patterns)
-        return matches and not any(_TEMPORARY.fullmatch(part) for part in parts)
+        matches = of_last.match(parts[-1]) or of_whole.match(name)
+        return bool(matches) and not any(map(_TEMPORARY.fullmatch, parts))
+
+
+@lru_cache(maxsize=16)
+def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Those that are held against the last part of a name, and those against all of it, as one each."""
+    last = [translate(each) for each in patterns if "/" not in each]
+    whole = [translate(each) for each in patterns if "/" in each]
+    nothing = "(?!)"
+    return re.compile("|".join(last) or nothing), re.compile("|".join(whole) or nothing)
 
 
 # --- is it whole -------------------------------------------------------------------------------------

@@ -67,8 +67,8 @@ def walk(
                     if entry.is_dir(follow_symlinks=False):
                         if not entry.name.startswith("."):
                             directories.append(name)
-                    else:
-                        yield from _seen(name, entry, wanted=wants(name), refused=refused)
+                    elif (seen := _seen(name, entry, wanted=wants(name), refused=refused)) is not None:
+                        yield seen
         except FileNotFoundError:
             if directory == "":
                 raise
@@ -80,19 +80,19 @@ def walk(
 
 def _seen(
     name: str, entry: os.DirEntry[str], *, wanted: bool, refused: Callable[[str, str], None]
-) -> Iterator[Seen]:
+) -> Seen | None:
     if not wanted:
         _pass_over(name, entry, refused)
-        return
+        return None
     try:
         found = entry.stat(follow_symlinks=False)
     except OSError:  # gone since
-        return
+        return None
     if stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode):
         inode = (found.st_dev, found.st_ino)
-        yield Seen(name, found.st_size, found.st_mtime_ns, inode, stat.S_ISLNK(found.st_mode))
-    else:
-        refused(name, "is no regular file")
+        return Seen(name, found.st_size, found.st_mtime_ns, inode, stat.S_ISLNK(found.st_mode))
+    refused(name, "is no regular file")
+    return None
 
 
 def _pass_over(name: str, entry: os.DirEntry[str], refused: Callable[[str, str], None]) -> None:

@@ -92,8 +92,7 @@ class Watcher:
         self._tree_inode: tuple[int, int] | None = None
         self._listing: _Listing | None = None
         self._next_listing = self._last_listing = clock()
-        self._torn, self._told, self._unreadable = Once(), Once(), Once()
-        self._taken = Taken()
+        self._torn, self._told, self._unreadable, self._taken = Once(), Once(), Once(), Taken()
         self._lost, self._closed, self._wall, self._already = "", False, wall, already
 
     def __repr__(self) -> str:
@@ -286,16 +285,16 @@ class Watcher:
             self._unreadable.listed()
             if listing.reason == "rewatch":
                 self._lost = ""
-            took = now - listing.began
             found = (listing.files, listing.missed, listing.free, listing.held)
-            self._tell(Rescanned(listing.reason, took, *found))
+            self._tell(Rescanned(listing.reason, now - listing.began, *found))
 
     def _list(self, listing: _Listing) -> bool:
         """List some more, in a thread; is there more?"""
         n = 0
         for n, seen in enumerate(islice(listing.seen, _CHUNK), 1):  # noqa: B007
             listing.files += not seen.link
-            if (seen.name, seen.inode, seen.size, seen.mtime_ns) in self._torn:
+            known = not seen.link and self._known(File(seen.name, seen.size, seen.mtime_ns))
+            if known or (seen.name, seen.inode, seen.size, seen.mtime_ns) in self._torn:
                 continue
             new = self._inbox.take_in(seen, Evidence.FOUND)
             rested = self._wall() - seen.mtime_ns / 1e9 > self._rules.settle  # its event may be on the way
@@ -312,7 +311,7 @@ class Watcher:
         due = self._due_hints()
         if not due:
             return []
-        sights = await asyncio.to_thread(lambda: [(hint, self._look(hint)) for hint in due[:_CHUNK]])
+        sights = await asyncio.to_thread(lambda: [(hint, self._look(hint)) for hint in due])
         found: list[Found] = []
         dropped: list[Caught] = []
         for hint, sight in sights:
@@ -338,7 +337,7 @@ class Watcher:
         return [each for each in found if last[each.file.name] is each]
 
     def _due_hints(self) -> list[Hint]:
-        """What is to be looked at, in the order in which it was completed.
+        """What is to be looked at next, in the order in which it was completed.
 
         A listing has its own order. So what it finds waits until it has ended; and if it is there because
         events were lost, what is hinted at meanwhile waits as well: it is newer.
@@ -351,7 +350,8 @@ class Watcher:
             hints = list(self._held.values())
         due = [hint for hint in hints if hint.candidate.due <= now]
         wall = self._wall()  # read once: a pause between two readings would swap files
-        return sorted(due, key=lambda hint: completed_at(hint.candidate, now=now, wall=wall))
+        due.sort(key=lambda hint: completed_at(hint.candidate, now=now, wall=wall))
+        return due[: max(_CHUNK, len(due) // 8)]  # a share of them: each round puts all that is due in order
 
     def _look(self, hint: Hint) -> _Sight | OSError:
         """Look at the held bytes, in a thread."""

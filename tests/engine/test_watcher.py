@@ -19,6 +19,7 @@ import torch
 
 from ckpt_sidecar import watcher
 from ckpt_sidecar.checkpoint import Caught, File
+from ckpt_sidecar.completion import Candidate, completed_at
 from ckpt_sidecar.disk import inode_of
 from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
 from ckpt_sidecar.formats import Rules
@@ -614,6 +615,50 @@ async def test_what_the_listing_finds_comes_in_the_order_in_which_it_was_saved(t
         while len(got) < 1200:
             got += this.take(await anext(this.batches))
         assert got == [f"aside/{name}" for name in names]
+
+
+async def test_a_listing_costs_one_question_for_each_file_that_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is caught, opened or checked of what is durable, and what is no checkpoint is not asked for."""
+    asked: list[File] = []
+    for n in range(1100):
+        place(tmp_path / f"{n}.pt", archive())
+        (tmp_path / f"{n}.json").write_text("{}")
+    async with rig(tmp_path) as this:
+
+        def known(file: File) -> bool:
+            asked.append(file)
+            return file in this.known
+
+        monkeypatch.setattr(this.watcher, "_known", known)
+        monkeypatch.setattr(this.watcher._inbox, "take_in", None)  # it would catch
+        this.watcher.hurry(3600.0)
+        await this.until_told(Rescanned, 2)
+    assert len(asked) == len(set(asked)) == 1100
+
+
+async def test_what_is_due_is_put_in_order_a_few_times_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much has come at once: not as often as there are chunks in it."""
+    asked = 0
+
+    def count(candidate: Candidate, *, now: float, wall: float) -> tuple[float, int]:
+        nonlocal asked
+        asked += 1
+        return completed_at(candidate, now=now, wall=wall)
+
+    monkeypatch.setattr(watcher, "_CHUNK", 4)
+    monkeypatch.setattr(watcher, "completed_at", count)
+    async with rig(tmp_path, rescan_every=0.1, events=False) as this:
+        names = [f"{n}.pt" for n in range(1000)]
+        (tmp_path / ".aside").mkdir()
+        for name in names:
+            save(tmp_path / ".aside" / name)
+        (tmp_path / ".aside").rename(tmp_path / "aside")
+        await this.until(*(f"aside/{name}" for name in names))
+    assert asked < 15 * len(names)
 
 
 @pytest.mark.fault("B1")
