@@ -19,12 +19,12 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from lab import BUCKET, CACHE, MIB, Server, checkpoint, counts, cpu_of, rss_of, serving
+from ours import Sidecar, new_watch, sidecar
 
 from ckpt_sidecar.checkpoint import Id
 from ckpt_sidecar.document import dump, parse
-from lab import BUCKET, CACHE, MIB, Server, checkpoint, counts, cpu_of, rss_of, serving
-from ours import Sidecar, new_watch, sidecar
 
 KIB = 1 << 10
 TINY = KIB  # bytes of a checkpoint here
@@ -68,7 +68,8 @@ def tell(row: Row, *, first: bool) -> None:
     """Print a line of a table, under its head where it is the first."""
     if first:
         print(f"| {' | '.join(row)} |\n| {' | '.join('---' for _ in row)} |")
-    print(f"| {' | '.join(f'{value:,.4g}' if value < 1000 else f'{value:,.0f}' for value in row.values())} |", flush=True)
+    values = (f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" for value in row.values())
+    print(f"| {' | '.join(values)} |", flush=True)
 
 
 def tell_exponents(rows: Sequence[Row]) -> None:
@@ -76,7 +77,8 @@ def tell_exponents(rows: Sequence[Row]) -> None:
     if len(rows) < 2:
         return
     before, last = (list(row.values()) for row in rows[-2:])
-    powers = [f"{exponent(pair, (before[0], last[0])):.2f}" for pair in zip(before[1:], last[1:], strict=True)]
+    sizes = before[0], last[0]
+    powers = (f"{exponent(pair, sizes):.2f}" for pair in zip(before[1:], last[1:], strict=True))
     print(f"| exponent | {' | '.join(powers)} |", flush=True)
 
 
@@ -223,7 +225,8 @@ def history(server: Server, file: Path, given: argparse.Namespace) -> Iterator[R
         lengthen(server, prefix, number)
         with sidecar(server, prefix, *words, watch=watch) as it:
             ready = it.until("ready")
-            row = {"entries": number, "latest.json KiB": len(manifest_of(server, prefix)) / KIB, "ready s": ready}
+            long = len(manifest_of(server, prefix)) / KIB
+            row = {"entries": number, "latest.json KiB": long, "ready s": ready}
             yield row | one_by_one(it, file, SAVES) | {"RSS MiB": rss_of(it.process.pid) / MIB}
         shutil.rmtree(watch)
 
