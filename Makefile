@@ -74,6 +74,8 @@ bench: install ## ours and the peers side by side; needs cc, libssl-dev, 13 GB o
 	$(VENV)/bin/python bench/trainer.py
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 $(BENCH_STORE) sh -c \
 		'$(VENV)/bin/python bench/run.py --endpoint "$$S3_ENDPOINT_URL" $(BENCH_STORE_ARGS)'
+	$(VENV)/bin/python bench/growth.py
+	$(VENV)/bin/python bench/pagecache.py
 
 check: install $(CACHE)/lint/installed ## format, lint, types and schemas
 	$(VENV)/bin/ruff format --check
