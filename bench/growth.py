@@ -1,6 +1,6 @@
 """How the cost grows: with the files in the watch dir, the objects in the bucket, the history, a long life.
 
-growth.py [--most 10000] [--life 10000] [--history 10000] [--only others,durable,history,life]
+growth.py [--most 50000] [--sent 10000] [--history 10000] [--life 10000] [--only others,known,…]
 
 Each part has a table, whose last line is the growth exponent between its last two rows: 0 is constant, 1 is
 in proportion, 2 would be quadratic.
@@ -41,7 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--most", type=int, default=10_000, help="files and objects")
+    parser.add_argument("--most", type=int, default=50_000, help="files in the watch dir")
+    parser.add_argument("--sent", type=int, default=10_000, help="checkpoints that are sent, and objects")
     parser.add_argument("--life", type=int, default=10_000, help="saves in one life")
     parser.add_argument("--block", type=int, default=1_000, help="saves of a life between two looks")
     parser.add_argument("--history", type=int, default=10_000, help="entries of latest.json")
@@ -166,12 +167,32 @@ def others(server: Server, file: Path, given: argparse.Namespace) -> Iterator[Ro
     shutil.rmtree(watch)
 
 
-# --- files that are durable -----------------------------------------------------------------------------
+def known(server: Server, file: Path, given: argparse.Namespace) -> Iterator[Row]:
+    """With so many checkpoints there that are durable: all but one by a table that is made up here."""
+    watch, prefix = new_watch(), "known/"
+    with sidecar(server, prefix, watch=watch) as it:
+        it.until("ready")
+        it.place(file, "step_0.pt")
+        it.until("checkpoint_committed")
+    there = 1
+    for number in tens(given.most):
+        fill(watch, range(there, number), suffix=".pt", source=file)
+        with (watch / ".ckpt-sidecar" / "known.jsonl").open("a") as table:
+            for n in range(there, number):
+                status = (watch / f"step_{n}.pt").lstat()
+                line = [f"step_{n}.pt", status.st_size, status.st_mtime_ns, f"0-{n}"]
+                print(json.dumps(line), file=table)
+        there = number
+        yield {"files": number} | second_start(server, prefix, watch)
+    shutil.rmtree(watch)
+
+
+# --- checkpoints that are sent ---------------------------------------------------------------------------
 
 
 def durable(server: Server, file: Path, given: argparse.Namespace) -> Iterator[Row]:
     """So many checkpoints found at the first start, a second start, and a start on an empty node."""
-    for number in tens(given.most):
+    for number in tens(given.sent):
         watch, prefix = new_watch(), f"durable-{number}/"
         fill(watch, range(number), suffix=".pt", source=file)
         time.sleep(SETTLED)
@@ -294,7 +315,11 @@ KEPT = 10  # saves that the trainer keeps, and that it is ahead of the uploads
 
 PARTS: dict[str, tuple[str, Callable[[Server, Path, argparse.Namespace], Iterator[Row]]]] = {
     "others": ("Files in the watch dir that are no checkpoints", others),
-    "durable": ("Checkpoints in the watch dir and in the bucket", durable),
+    "known": ("Checkpoints in the watch dir that are durable", known),
+    "durable": (
+        "Checkpoints found at the first start, then durable in the watch dir and in the bucket",
+        durable,
+    ),
     "history": ("Entries of latest.json (--history)", history),
     "life": ("One life", life),
 }
