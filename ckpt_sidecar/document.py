@@ -51,10 +51,11 @@ class Writer:
 
         It is not left to `json` to indent it: with that, all of it goes through an encoder in Python.
         """
-        self._lines = {each.id: (each, self._line(each)) for each in manifest.checkpoints}
+        entries = [(each, self._line(each)) for each in manifest.checkpoints]
+        self._lines = {entry.id: (entry, line) for entry, line in entries}
         lines = [f"{_text(name)}: {_text(value)}" for name, value in _dump_head(manifest).items()]
         lines += [
-            _list("checkpoints", [line for _, line in self._lines.values()]),
+            _list("checkpoints", [line for _, line in entries]),
             _list("uploads", [_text(_dump_upload(each)) for each in manifest.uploads]),
             _list("expiring", [_text(_dump_expiring(each)) for each in manifest.expiring]),
         ]
