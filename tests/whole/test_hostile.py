@@ -330,6 +330,7 @@ def test_a_bucket_of_somebody_elses_is_refused(tmp_path: Path, watch: Path, targ
         daemon(watch, Target(endpoint, target.bucket), *more) as it,
     ):
         it.wait_not_ready("AccessDenied")
+        it.wait_said("failed")
         assert "correct --expected-bucket-owner if it is not 999999999999's" in it.events("failed")[0]["hint"]
         save(watch / "ours.pt", archive("ours"))
         it.wait_said("checkpoint_pinned", name="ours.pt")
