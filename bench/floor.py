@@ -72,7 +72,7 @@ def get(url: str, path: str, *, to_file: bool) -> None:
 
 if __name__ == "__main__":
     what, url, path = sys.argv[1:]
-    if what.startswith("send"):
+    if "send" in what:
         put(url, path, what)
     else:
         get(url, path, to_file=what == "recvfile")
