@@ -275,7 +275,7 @@ class Uploader:
                     await self._aborted(upload)
                     self._tell(UploadAborted(name, upload.upload_id))
         except (Denied, Refused) as error:  # then only the bucket's lifecycle rule can throw it away
-            if error.reason == "credentials":  # they will be renewed
+            if error.reason in ("credentials", "region"):  # of all requests: the upload waits for the mend
                 raise
             self._tell(Failed("upload", error.reason, name, str(error.args[0]), error.hint))
         self._doubtful.discard(key)

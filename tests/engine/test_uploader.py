@@ -11,6 +11,7 @@ import pytest
 from ckpt_sidecar.bucket import (
     MIB,
     Absent,
+    BucketError,
     Conflict,
     Corrupt,
     Denied,
@@ -304,6 +305,27 @@ async def test_who_may_not_list_uploads_still_uploads(rig: Rig) -> None:
     assert rig.told.of(Failed) == [
         Failed("upload", "denied", "x.pt", "not allowed", "allow s3:ListBucketMultipartUploads")
     ]
+
+
+@pytest.mark.fault("C12", "C14")
+@pytest.mark.parametrize(
+    "error",
+    [Denied("expired", reason="credentials"), Refused("moved", reason="region")],
+    ids=["keys", "region"],
+)
+async def test_what_is_wrong_with_every_request_is_no_reason_to_leave_an_orphan(
+    rig: Rig, error: BucketError
+) -> None:
+    """No request would be answered: the doubt stays until one is."""
+    orphan = await rig.memory.create_multipart("job/x.pt", metadata={})
+    checkpoint = rig.pin()
+    rig.uploader.doubt("x.pt")
+    rig.bucket.fail("list_uploads", error)
+    with pytest.raises(type(error)):
+        await rig.upload(checkpoint)
+    await rig.upload(checkpoint)
+    assert rig.memory.uploads == {}
+    assert [each.upload_id for each in rig.told.of(UploadAborted)] == [orphan]
 
 
 @pytest.mark.fault("E4")
