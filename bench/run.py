@@ -14,7 +14,6 @@ import atexit
 import json
 import platform
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lab import BUCKET, CACHE, DOWN, HERE, MIB, Cost, Server, checkpoint, cost_of, erase, serving, size_of
+from lab import (
+    BUCKET,
+    CACHE,
+    DOWN,
+    HERE,
+    MIB,
+    Cost,
+    Server,
+    checkpoint,
+    cost_of,
+    end_when_told,
+    erase,
+    serving,
+    size_of,
+)
 from mounts import copied_from, copied_to, rclone_remote, usable
 from ours import restore_words, upload
 from store import Store, borrowed
@@ -264,7 +277,7 @@ def main() -> None:
     parser.add_argument("--endpoint", help=f"a store, where a bucket {BUCKET} is made and deleted")
     parser.add_argument("--only", nargs="*", help="clients with one of these words in their names")
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # what was started is ended too
+    end_when_told()
     if given.only is None:
         given.only = FEW if given.endpoint else ()
     prepare()
