@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,12 @@ ON_S3 = [pytest.param(kind, marks=pytest.mark.s3) for kind in SERVERS]
 ON_ONE = pytest.mark.parametrize(
     "s3_endpoint", [each for each in ON_S3[:1] if each.values[0] in ("moto", "localstack")], indirect=True
 )
+
+
+def pytest_configure() -> None:
+    """Under nohup a hang-up goes on being ignored here, but not in the sidecars that are started."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # exec resets a handler, but not that it is ignored
 
 
 @pytest.fixture(autouse=True)

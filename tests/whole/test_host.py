@@ -142,6 +142,7 @@ def test_a_bug_in_a_task_ends_the_process_and_a_restart_goes_on(
         save(watch / "b.pt", b"just when it breaks")
         ends_of_a_bug(it)
     with daemon(watch, target) as again:
+        again.wait_ready()  # some bugs come when it is durable already
         again.wait_durable("b.pt")
         assert again.stop() == 0
     assert target.read("b.pt") == b"just when it breaks"
