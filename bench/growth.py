@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lab import BUCKET, CACHE, MIB, Server, checkpoint, counts, cpu_of, end_when_told, rss_of, serving
+from lab import BUCKET, CACHE, MIB, Server, checkpoint, counts, cpu_of, end_on_sigterm, rss_of, serving
 from ours import Sidecar, new_watch, sidecar
 
 from ckpt_sidecar.checkpoint import Id
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--history", type=int, default=10_000, help="entries of latest.json")
     parser.add_argument("--only", default=",".join(PARTS))
     given = parser.parse_args()
-    end_when_told()
+    end_on_sigterm()
     file = checkpoint(TINY)
     results: dict[str, list[Row]] = {}
     with serving(file, tls=False) as server:

@@ -91,7 +91,7 @@ def built(name: str, *libraries: str) -> Path:
     return made
 
 
-def end_when_told() -> None:
+def end_on_sigterm() -> None:
     """Let SIGTERM end a benchmark as an error does: what it has started ends too, what it made is removed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
 

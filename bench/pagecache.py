@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lab import CACHE, MIB, Server, checkpoint, cost_of, end_when_told, serving
+from lab import CACHE, MIB, Server, checkpoint, cost_of, end_on_sigterm, serving
 from ours import sidecar
 from run import SMALL, peer, prepare
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--spare", type=int, default=256, help="the group's memory besides (MiB)")
     parser.add_argument("--only", nargs="*", default=[], help="clients with one of these words")
     given = parser.parse_args()
-    end_when_told()
+    end_on_sigterm()
     prepare()
     clients = [name for name in CLIENTS if not given.only or any(word in name for word in given.only)]
     file, data = checkpoint(given.mib * MIB), checkpoint(given.data * MIB)

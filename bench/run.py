@@ -31,7 +31,7 @@ from lab import (
     Server,
     checkpoint,
     cost_of,
-    end_when_told,
+    end_on_sigterm,
     erase,
     serving,
     size_of,
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--endpoint", help=f"a store, where a bucket {BUCKET} is made and deleted")
     parser.add_argument("--only", nargs="*", help="clients with one of these words in their names")
     given = parser.parse_args()
-    end_when_told()
+    end_on_sigterm()
     if given.only is None:
         given.only = FEW if given.endpoint else ()
     prepare()

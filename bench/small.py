@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lab import CACHE, MIB, Server, checkpoint, counts, cpu_of, end_when_told, rss_of, serving
+from lab import CACHE, MIB, Server, checkpoint, counts, cpu_of, end_on_sigterm, rss_of, serving
 from ours import Sidecar, sidecar
 
 PACE = 0.05  # seconds between two saves, where they come one by one
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--kib", type=int, default=64)
     parser.add_argument("--idle", type=float, default=30.0, help="seconds")
     given = parser.parse_args()
-    end_when_told()
+    end_on_sigterm()
     file = checkpoint(given.kib << 10)
     results: dict[str, Any] = {}
     with serving(file, tls=False) as server:

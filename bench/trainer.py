@@ -36,7 +36,7 @@ from datetime import datetime
 from itertools import count
 from typing import Any
 
-from lab import BUCKET, CACHE, DOWN, HERE, Server, checkpoint, end_when_told, serving, size_of
+from lab import BUCKET, CACHE, DOWN, HERE, Server, checkpoint, end_on_sigterm, serving, size_of
 from ours import Sidecar, sidecar
 from run import SMALL, VENV, prepare
 
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--sidecar", action="append", help="its options; for each, one way to run it")
     parser.add_argument("--only", nargs="*", default=[], help="ways with one of these words in their names")
     given = parser.parse_args()
-    end_when_told()
+    end_on_sigterm()
     prepare()
     sidecars = [Way(f"ckpt-sidecar {each}".strip(), "local", each) for each in given.sidecar or SIDECARS]
     others = [way for way in (*sidecars, *PEERS) if any(word in way.name for word in given.only or [""])]

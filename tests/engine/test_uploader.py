@@ -307,7 +307,7 @@ async def test_who_may_not_list_uploads_still_uploads(rig: Rig) -> None:
     ]
 
 
-@pytest.mark.fault("C12", "C14")
+@pytest.mark.fault("C11", "C14")
 @pytest.mark.parametrize(
     "error",
     [Denied("expired", reason="credentials"), Refused("moved", reason="region")],
