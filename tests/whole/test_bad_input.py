@@ -394,7 +394,7 @@ def check_rebuilt(watch: Path, target: Target, bodies: dict[str, bytes], how: st
         assert rebuilt["level"] == "warning"
         newest = list(bodies)[-1]
         assert (watch / newest).read_bytes() == bodies[newest]
-        assert it.events("restored", outcome="restored", name=newest)
+        assert it.wait_said("restored", outcome="restored", name=newest)
         goes_on(it, f"after {how}.pt")
         assert it.stop() == 0
     assert target.listed() == [f"after {how}.pt", *list(bodies)[::-1]]
