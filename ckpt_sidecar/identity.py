@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -93,6 +95,16 @@ class Identity:
             return Id(self.record.generation, self._sequence)
         # Generation 0 is nobody's own: every new spool numbers in it before its first claim.
         return Id(0, crc64(self.record.spool.encode()) % 10**8 * OWN + self._sequence)
+
+    def note_order(self, folder: Path) -> None:
+        """Note when it was made, by the last number that was given out: as its time, for `is_before`."""
+        with suppress(OSError):  # then only the clock tells
+            os.utime(folder, (self._sequence, self._sequence))
+
+    def is_before(self, folder: Path, ids: Iterable[Id]) -> bool:
+        """Was it made before the last of these was given out? True where nothing is noted."""
+        noted = int(folder.stat().st_mtime)
+        return noted >= OWN or any(noted < each.sequence % OWN for each in ids)
 
     def close(self) -> None:
         """Unlock the spool."""

@@ -186,6 +186,7 @@ class Spool:
             inode = (status.st_dev, status.st_ino)
             settled = self._caught / catch_name(inode, name)
             if not settled.exists():
+                self._identity.note_order(fresh)
                 self.disk.rename(fresh, settled)
         finally:
             if fresh.exists():
@@ -350,14 +351,18 @@ class Spool:
         """Read back what a predecessor left: pins with their journal, catches without a verdict.
 
         A catch that no name leads to, older than the newest that is pinned or durable, is one that the disk
-        did not let be pinned, or be given back: it will be numbered before whatever a claim has numbered.
+        did not let be pinned, or be given back: it will be numbered before whatever a claim has numbered. But
+        what was caught after that one was numbered is newer, and only the clock was set back.
         """
         found = read_back(self._pins, self._caught, self.disk)
         for checkpoint in found.checkpoints:
             self.known.taken(checkpoint.files[0])
         newest = max([self.known.newest_mtime_ns, *(each.saved_at for each in found.checkpoints)])
+        ids = [each.id for each in found.checkpoints] + ([self.known.newest] if self.known.newest else [])
         for caught in found.caught:
             file = file_of(caught.name, Path(str(caught.path)).stat())
-            if file.mtime_ns < newest and inode_of(self.root / caught.name) != caught.inode:
+            folder = self._caught / catch_name(caught.inode, caught.name)
+            nameless = inode_of(self.root / caught.name) != caught.inode
+            if nameless and file.mtime_ns < newest and self._identity.is_before(folder, ids):
                 self._numbered[caught.inode, caught.name] = file, self._identity.next_id(before_all=True)
         return found

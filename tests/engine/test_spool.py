@@ -463,6 +463,24 @@ def test_a_restart_finds_pins_with_their_journal_and_catches(
     assert again.known.is_known(begun.files[0])
 
 
+@pytest.mark.fault("A16")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_catch_that_is_left_keeps_its_place_although_the_clock_was_set_back(
+    reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path, *, first: bool
+) -> None:
+    """By its time it is older than the pin; it is so only if it was caught before that one was numbered."""
+    left = save(root, "b.pt", b"left", at=-3600)
+    caught = spool.catch("b.pt") if first else None
+    pinned = pin(spool, save(root, "a.pt", b"pinned"))
+    caught = caught or spool.catch("b.pt")
+    save(root, "b.pt", b"the next", at=-1800)
+    again, _ = reopen()
+    assert caught is not None
+    assert again.recover().caught == [caught]
+    (late,), _ = again.pin([(caught, left)])
+    assert (late.id < pinned.id) == first
+
+
 @pytest.mark.fault("E6")
 def test_a_pin_without_entry_is_taken_up(
     reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path

@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from botocore.exceptions import FlexibleChecksumError
 from urllib3.exceptions import ProtocolError
 
 from tests.conftest import SERVERS, admin, create_bucket
@@ -77,11 +78,12 @@ class Target:
     def read(self, name: str) -> bytes | None:
         """Return the bytes of the object of that name; None when there is none.
 
-        rclone's server cuts an answer off while the object is replaced: that is no answer, and asked again.
+        rclone's server cuts an answer off while the object is replaced, or sends the new bytes with the old
+        checksum: that is no answer, and asked again.
         """
         client = admin(self.endpoint)
         for _ in range(5):
-            with suppress(ProtocolError):
+            with suppress(ProtocolError, FlexibleChecksumError):
                 try:
                     answer = client.get_object(Bucket=self.bucket, Key=self.prefix + name)
                 except (client.exceptions.NoSuchKey, client.exceptions.NoSuchBucket):
