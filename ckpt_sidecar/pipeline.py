@@ -234,6 +234,10 @@ class Pipeline:
             if same or listed.id > checkpoint.id:
                 await self._supersede(checkpoint, listed.id, durable_as=listed.id if same else None)
                 return
+            if listed.id == checkpoint.id and not isinstance(checkpoint.state, Stored):
+                # Not let go of before a crash, and written anew in place: other bytes need their own id.
+                await self._take_up_again(await self._uploader.abandon(checkpoint, Changed()))
+                return
         self._began.setdefault(checkpoint.id, self._seconds())
         if not isinstance(checkpoint.state, Stored):
             self._note_asked(checkpoint)

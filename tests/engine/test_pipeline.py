@@ -579,6 +579,25 @@ async def test_what_a_life_could_not_pin_is_not_the_newest_of_the_next(line: Mak
         after.spool.close()
 
 
+@pytest.mark.fault("A7")
+async def test_a_pin_that_could_not_be_let_go_and_was_written_anew_gets_an_id_of_its_own(line: Make) -> None:
+    """Durable, its pin refused to go, the next save in place, a crash: one id is never two saves."""
+    async with line() as it:
+        await it.save("x.pt", b"weights")
+        it.disk.refuse["remove_tree"] = OSError(28, "no space left on device")
+        async with it.working():
+            await it.told.until(lambda: it.told.of(Failed))
+        it.disk.refuse.clear()
+        (it.root / "x.pt").write_bytes(b"new weights")
+        after = await restarted(it)
+        await after.drain()
+        (entry,) = manifest_in(it.memory).checkpoints
+        assert entry.id > Id(1, 1)
+        assert it.body("x.pt") == b"new weights"
+        assert after.pins == []
+        after.spool.close()
+
+
 async def test_what_was_caught_last_is_the_newest_although_it_is_gone(line: Make) -> None:
     """Killed before it was pinned, and deleted by the trainer: it is newer than all that was durable."""
     async with line() as it:

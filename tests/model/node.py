@@ -263,6 +263,7 @@ class Saves:
     order: dict[tuple[str, bytes], int] = field(default_factory=dict)
     by: dict[tuple[str, bytes], str] = field(default_factory=dict)  # the node of its trainer
     durable: set[tuple[str, bytes]] = field(default_factory=set)
+    ahead: set[tuple[str, bytes]] = field(default_factory=set)  # their time lies in the future
     plain: set[tuple[str, bytes]] = field(default_factory=set)  # renamed into place, told of, and left alone
 
     def completed(self, name: str, content: bytes, n: int, by: str) -> None:
@@ -345,6 +346,8 @@ class Node:
         self.saves.completed(name, content, n, self.name)
         if at == "now" and not hint_lost:
             self.saves.plain.add((name, content))
+        if at == "future":
+            self.saves.ahead.add((name, content))
         self._hint(name, Evidence.PLACED, lost=hint_lost)
 
     def begin(self, name: str, size: int, *, hint_lost: bool = False) -> None:
