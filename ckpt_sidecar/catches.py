@@ -18,8 +18,9 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 from ckpt_sidecar.checkpoint import Caught, File
 from ckpt_sidecar.completion import Candidate, Evidence, Seen, completed_at, noticed
+from ckpt_sidecar.disk import inode_of
 from ckpt_sidecar.events import Event, Failed, Ignored, WatchLost
-from ckpt_sidecar.formats import Rules
+from ckpt_sidecar.formats import Look, Rules, look_at
 from ckpt_sidecar.names import flaw_of_name
 
 REMEMBERED = 10_000  # names
@@ -56,6 +57,14 @@ class Hint(NamedTuple):
     def key(self) -> Key:
         """What tells it from other files."""
         return self.caught.name, self.caught.inode
+
+
+class Sight(NamedTuple):
+    """What a look at the held bytes has shown. `standing`: the inode to which the name leads now."""
+
+    file: File
+    look: Look
+    standing: tuple[int, int] | None
 
 
 class Once:
@@ -144,6 +153,23 @@ class Inbox:
         if self._loop is not None:
             with suppress(RuntimeError):  # the loop is closed: nobody wants to know any more
                 self._loop.call_soon_threadsafe(self.wake.set)
+
+    def look(self, hint: Hint) -> Sight | OSError:
+        """Look at the held bytes, in a thread."""
+        name = hint.caught.name
+        try:
+            with self._catcher.open_caught(hint.caught) as file:
+                before = os.fstat(file.fileno())
+                look = look_at(file, name)
+                after = os.fstat(file.fileno())
+        except FileNotFoundError as gone:  # it was handed over, or let go of, just when a new hint came
+            self.heard(name, hint.candidate.evidence)
+            return gone
+        except OSError as error:
+            return error
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            look = Look("is being written")
+        return Sight(File(name, after.st_size, after.st_mtime_ns), look, inode_of(self._root / name))
 
     # hints.Listener
 

@@ -66,7 +66,9 @@ class Settings:
     )
     nice: int = _setting(10, "How much nicer (0 to 19) the threads are that move the bytes.")
     settle: float = _setting(1.0, "Seconds for which a file written in place must lie still.")
-    rescan_every: float = _setting(30.0, "Seconds between two listings of the watch dir; events besides.")
+    rescan_every: float = _setting(
+        30.0, "Seconds between two listings of the watch dir, besides events; more if over 1 % of a core."
+    )
     drain_timeout: float = _setting(
         25.0,
         "Seconds after SIGTERM in which what is not yet durable is sent; keep it under the pod's "

@@ -10,24 +10,24 @@ A lost event costs the time until the next listing, never a checkpoint.
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
-from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, Once, Taken, printable, unreadable
+from ckpt_sidecar.catches import Catcher, Hint, Inbox, Key, Once, Sight, Taken, printable, unreadable
 from ckpt_sidecar.checkpoint import Caught, File
 from ckpt_sidecar.completion import Candidate, Evidence, Seen, Verdict, completed_at, judge, merge
 from ckpt_sidecar.disk import inode_of
 from ckpt_sidecar.events import Event, Failed, Ignored, Rescanned, Torn, WatchLost
-from ckpt_sidecar.formats import Look, Rules, look_at
+from ckpt_sidecar.formats import Rules
 from ckpt_sidecar.hints import Tree, explain, walk
 
 _PAUSE = 0.1  # seconds, the least between two listings that there is a reason for
+_SHARE = 0.01  # of a core, the most that listings may take in the long run, however many files there are
 _CHUNK = 500  # files that are listed, or looked at, between two looks at what else has happened
 
 Tell = Callable[[Event], None]
@@ -41,14 +41,6 @@ class Found:
     file: File
 
 
-class _Sight(NamedTuple):
-    """What a look at the held bytes has shown. `standing`: the inode to which the name leads now."""
-
-    file: File
-    look: Look
-    standing: tuple[int, int] | None
-
-
 @dataclass(slots=True)
 class _Listing:
     """A listing under way."""
@@ -60,6 +52,7 @@ class _Listing:
     missed: int = 0
     free: int = 0
     held: int = 0
+    cpu: float = 0.0  # seconds
 
 
 class Watcher:
@@ -86,6 +79,7 @@ class Watcher:
     ) -> None:
         self._root, self._rules, self._catcher, self._known = root, rules, catcher, known
         self._tell, self._rescan_every, self._clock, self._events = tell, rescan_every, clock, events
+        self._share = _SHARE
         self._inbox = Inbox(root, rules, catcher=catcher, known=known, clock=clock, wall=wall)
         self._held: dict[Key, Hint] = {}
         self._tree: Tree | None = None
@@ -110,8 +104,8 @@ class Watcher:
         self._unwatch()
 
     def hurry(self, rescan_every: float) -> None:
-        """List the tree now, and from now on at least that often (seconds)."""
-        self._rescan_every = min(self._rescan_every, rescan_every)
+        """List the tree now, and from now on at least that often (seconds), whatever that takes."""
+        self._rescan_every, self._share = min(self._rescan_every, rescan_every), float("inf")
         self._next_listing = self._clock()
         self._inbox.wake.set()
 
@@ -271,26 +265,29 @@ class Watcher:
         try:
             more = await asyncio.to_thread(self._list, listing)
         except OSError as error:
-            now = self._clock()
-            self._listing, self._last_listing, self._next_listing = None, now, now + self._rescan_every
+            self._end_listing(listing)
             self._inbox.asked = "rewatch"
             self._tell_lost(f"the watch directory cannot be listed: {error.strerror}")
             return
         if not more:
             self._receive_all()
-            now = self._clock()
-            self._listing, self._last_listing, self._next_listing = None, now, now + self._rescan_every
+            self._end_listing(listing)
             self._torn.listed()
             self._told.listed()
             self._unreadable.listed()
             if listing.reason == "rewatch":
                 self._lost = ""
             found = (listing.files, listing.missed, listing.free, listing.held)
-            self._tell(Rescanned(listing.reason, now - listing.began, *found))
+            self._tell(Rescanned(listing.reason, self._last_listing - listing.began, *found))
+
+    def _end_listing(self, listing: _Listing) -> None:
+        now = self._clock()
+        pause = max(self._rescan_every, listing.cpu / self._share)
+        self._listing, self._last_listing, self._next_listing = None, now, now + pause
 
     def _list(self, listing: _Listing) -> bool:
         """List some more, in a thread; is there more?"""
-        n = 0
+        n, began = 0, time.thread_time()
         for n, seen in enumerate(islice(listing.seen, _CHUNK), 1):  # noqa: B007
             listing.files += not seen.link
             known = not seen.link and self._known(File(seen.name, seen.size, seen.mtime_ns))
@@ -303,6 +300,7 @@ class Watcher:
         if n < _CHUNK:
             listing.free = shutil.disk_usage(self._root).free
             listing.held = self._catcher.held_bytes()
+        listing.cpu += time.thread_time() - began
         return n == _CHUNK
 
     # --- verdicts ---
@@ -311,12 +309,12 @@ class Watcher:
         due = self._due_hints()
         if not due:
             return []
-        sights = await asyncio.to_thread(lambda: [(hint, self._look(hint)) for hint in due])
+        sights = await asyncio.to_thread(lambda: [(hint, self._inbox.look(hint)) for hint in due])
         found: list[Found] = []
         dropped: list[Caught] = []
         for hint, sight in sights:
             verdict = self._decide(hint, sight)
-            if verdict is Verdict.TAKE and isinstance(sight, _Sight):
+            if verdict is Verdict.TAKE and isinstance(sight, Sight):
                 found.append(Found(hint.caught, sight.file))
                 self._taken.note(hint)
             elif verdict is Verdict.TORN:
@@ -353,24 +351,7 @@ class Watcher:
         due.sort(key=lambda hint: completed_at(hint.candidate, now=now, wall=wall))
         return due[: max(_CHUNK, len(due) // 8)]  # a share of them: each round puts all that is due in order
 
-    def _look(self, hint: Hint) -> _Sight | OSError:
-        """Look at the held bytes, in a thread."""
-        name = hint.caught.name
-        try:
-            with self._catcher.open_caught(hint.caught) as file:
-                before = os.fstat(file.fileno())
-                look = look_at(file, name)
-                after = os.fstat(file.fileno())
-        except FileNotFoundError as gone:  # it was handed over, or let go of, just when a new hint came
-            self._inbox.heard(name, hint.candidate.evidence)
-            return gone
-        except OSError as error:
-            return error
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            look = Look("is being written")
-        return _Sight(File(name, after.st_size, after.st_mtime_ns), look, inode_of(self._root / name))
-
-    def _decide(self, hint: Hint, sight: _Sight | OSError) -> Verdict:
+    def _decide(self, hint: Hint, sight: Sight | OSError) -> Verdict:
         """Return the verdict; TORN is for everything that is let go, and tells why where nobody knows yet."""
         name = hint.caught.name
         if isinstance(sight, OSError):

@@ -638,6 +638,18 @@ async def test_a_listing_costs_one_question_for_each_file_that_is_known(
     assert len(asked) == len(set(asked)) == 1100
 
 
+async def test_listings_take_a_hundredth_of_a_core_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that took 10 s of CPU is followed by 1,000 s without one, unless the node is about to go."""
+    monkeypatch.setattr(time, "thread_time", itertools.count(step=10).__next__)
+    async with rig(tmp_path, rescan_every=0.05, events=False) as this:
+        await this.until_told(Rescanned, 1)
+        assert this.watcher._next_listing - this.watcher._last_listing == pytest.approx(1000.0)
+        this.watcher.hurry(0.05)
+        await this.until_told(Rescanned, 3)
+
+
 async def test_what_is_due_is_put_in_order_a_few_times_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

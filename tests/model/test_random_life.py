@@ -493,7 +493,7 @@ class RandomLife(RuleBasedStateMachine):
         entry = seen.entry_of(name)
         if entry is not None:
             body = self.judge.memory.body(PREFIX + name)
-            # What only a listing finds goes by its time: one from the future is the last, until another stands.
+            # What only a listing finds goes by its time: the last is one from the future.
             ahead = (name, body) in self.judge.saves.ahead
             later = not standing and (ahead or order[name, body] > order[name, content])
             two = {by[name, body], by[name, content]} != {node.name}  # only ids order what two trainers save
