@@ -134,8 +134,11 @@ class Judge:
 
     def after_delete(self, key: str) -> None:
         """Nothing that is listed may be deleted."""
-        if key not in self.memory.objects:
-            self.ids.pop(key, None)
+        self.ids.pop(key, None)
+        found = self.memory.objects.get(key)  # an older version, that stands there again
+        before = described(found.ref, "x", 0) if found else None
+        if before is not None:
+            self.ids[key] = before.id
         self._all_there(self.manifest)
 
     def _all_there(self, seen: Manifest) -> None:
