@@ -1,8 +1,8 @@
 """The bytes of parts, up and down: a few worker threads, each with one buffer of its own that it reuses.
 
-What goes up is checked before it leaves, what comes down as it arrives. Memory is the number of threads
-times the buffer, however large a part is. A buffer is filled and sent by one and the same thread, so it is
-never refilled under a living socket.
+What goes up is checked before it leaves, what comes down as it arrives, a piece at a time. Memory is the
+number of threads times the buffer, however large a part is. A buffer is filled and sent by one and the same
+thread, so it is never refilled under a living socket.
 """
 
 from __future__ import annotations
@@ -187,13 +187,11 @@ class BodyThreads:
     async def fetch(self, sink: Sink, span: Span, *, etag: str, arguments: Mapping[str, Any]) -> int:
         """Read one run of the object into the sink; return its CRC64NVME."""
 
-        def work(buffer: memoryview, stop: threading.Event) -> int:
+        def work(_buffer: memoryview, stop: threading.Event) -> int:
             answer = self._client.get_object(Range=f"bytes={span.offset}-{span.end - 1}", **arguments)
             try:
                 to_skip = _to_skip(answer, span, etag)
-                return _pour(
-                    answer["Body"], span, sink, buffer=buffer[:PIECE_BYTES], to_skip=to_skip, stop=stop
-                )
+                return _pour(answer["Body"], span, sink, to_skip=to_skip, stop=stop)
             finally:
                 answer["Body"].close()  # keeps the connection if all was read, else gives it up
 
@@ -273,19 +271,17 @@ def _to_skip(answer: Mapping[str, Any], span: Span, etag: str) -> int:
     return to_skip
 
 
-def _pour(
-    stream: Any, span: Span, sink: Sink, *, buffer: memoryview, to_skip: int, stop: threading.Event
-) -> int:
+def _pour(stream: Any, span: Span, sink: Sink, *, to_skip: int, stop: threading.Event) -> int:
     crc = 0
     done = -to_skip
     while done < span.size:
         _check(stop)
         wanted = span.size - done if done >= 0 else -done
-        count = stream.readinto(buffer[:wanted])
-        if count == 0:
+        piece = stream.read(min(wanted, PIECE_BYTES))  # `readinto` would copy it once more
+        if not piece:
             raise Corrupt(f"the object came short: {done} bytes instead of {span.size}")
         if done >= 0:
-            crc = crc64(buffer[:count], crc)
-            sink.write_at(span.offset + done, buffer[:count])
-        done += count
+            crc = crc64(piece, crc)
+            sink.write_at(span.offset + done, memoryview(piece))
+        done += len(piece)
     return crc
