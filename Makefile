@@ -18,6 +18,9 @@ SOAK_MINUTES ?= 5
 BENCH_STORE ?= rclone
 BENCH_STORE_ARGS ?= --mib 1024 --rounds 3
 
+# How many workers are tried on a link of which each connection carries 80 MiB a second.
+WORKERS := 1 2 4 8
+
 SCRIPTS = $(shell grep --recursive --files-with-matches --no-messages '^\#!/usr/bin/env bash' tools .ci deploy examples)
 
 .DEFAULT_GOAL := help
@@ -71,7 +74,8 @@ bench: install ## ours and the peers side by side; needs cc, libssl-dev, 13 GB o
 	$(VENV)/bin/python bench/run.py $(BENCH_ARGS)
 	$(VENV)/bin/python bench/picture.py
 	$(VENV)/bin/python bench/small.py
-	$(VENV)/bin/python bench/trainer.py
+	$(VENV)/bin/python bench/trainer.py --threads 2 1
+	$(VENV)/bin/python bench/trainer.py --link 80 --only ckpt-sidecar $(WORKERS:%=--sidecar="--workers %")
 	PYTHON=$(abspath $(VENV)/bin/python) tools/with-s3 $(BENCH_STORE) sh -c \
 		'$(VENV)/bin/python bench/run.py --endpoint "$$S3_ENDPOINT_URL" $(BENCH_STORE_ARGS)'
 	$(VENV)/bin/python bench/growth.py

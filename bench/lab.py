@@ -134,10 +134,11 @@ class Server:
 
 
 @contextmanager
-def serving(content: Path, *, tls: bool) -> Iterator[Server]:
-    """Run the server; large objects have the bytes of `content`."""
+def serving(content: Path, *, tls: bool, link: float = 0) -> Iterator[Server]:
+    """Run the server; large objects have the bytes of `content`, a connection carries `link` MiB/s."""
     binary = built("server", "-lssl", "-lcrypto")
-    words = [str(binary), "0", str(content), *(map(str, certificates()[:2]) if tls else ())]
+    far = ["-l", str(link)] if link else []
+    words = [str(binary), *far, "0", str(content), *(map(str, certificates()[:2]) if tls else ())]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

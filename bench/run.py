@@ -44,9 +44,11 @@ from store import Store, borrowed
 VENV = CACHE / "venv" / "bin"
 SMALL = 256 << 10  # bytes of the checkpoint by which the start is measured; the server keeps it
 NAME = "step_1.pt"
+OURS = "ckpt-sidecar"
+FEWER = ("--workers", "2")  # a second way to run it: as many as this machine may have cores
 LIBRARIES = ("boto3", "awscrt", "s3torchconnector", "obstore", "s3fs")
 PEERS = ("aws s3 cp", "aws s3 sync", "s5cmd", "rclone", *LIBRARIES)
-FEW = ("ckpt-sidecar", "aws s3", "s5cmd", "rclone", "obstore", "mount")  # where a real store is the slow part
+FEW = (OURS, "aws s3", "s5cmd", "rclone", "obstore", "mount")  # where a real store is the slow part
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +109,13 @@ def allowed(server: Server) -> Sequence[str]:
 def uploads(server: Server, file: Path, small: Path) -> dict[str, Callable[[int], Cost]]:
     """By client: what one upload costs, its start taken off; what was put there is deleted."""
 
-    def ours(_round: int) -> Cost:
-        cost = upload(server, file, "run", *allowed(server))
-        erase(server, "run/")
-        return cost
+    def ours(*options: str) -> Callable[[int], Cost]:
+        def measure(_round: int) -> Cost:
+            cost = upload(server, file, "run", *options, *allowed(server))
+            erase(server, "run/")
+            return cost
+
+        return measure
 
     def other(name: str) -> Callable[[int], Cost]:
         def measure(_round: int) -> Cost:
@@ -131,7 +136,8 @@ def uploads(server: Server, file: Path, small: Path) -> dict[str, Callable[[int]
         return lambda _round: copied_to(name, server, file)
 
     return {
-        "ckpt-sidecar": ours,
+        OURS: ours(),
+        f"{OURS} {' '.join(FEWER)}": ours(*FEWER),
         **{name: other(name) for name in (*floors(server, "put"), *PEERS)},
         **{name: mount(name) for name in usable(server)},
     }
@@ -155,14 +161,18 @@ def restores(server: Server, file: Path, small: Path) -> dict[str, Callable[[int
     target = DOWN / "down" / NAME
     target.parent.mkdir(parents=True, exist_ok=True)
 
-    def ours(_round: int) -> Cost:
-        costs = []
-        for name in ("small", "large"):
-            costs.append(cost_of(restore_words(f"restore-{name}", DOWN / "watch"), environment))
-            if not (DOWN / "watch" / NAME).exists():
-                raise RuntimeError("it was not restored")
-            shutil.rmtree(DOWN / "watch")
-        return net(costs[1], costs[0])
+    def ours(*options: str) -> Callable[[int], Cost]:
+        def measure(_round: int) -> Cost:
+            costs = []
+            for name in ("small", "large"):
+                words = restore_words(f"restore-{name}", DOWN / "watch")
+                costs.append(cost_of([*words, *options], environment))
+                if not (DOWN / "watch" / NAME).exists():
+                    raise RuntimeError("it was not restored")
+                shutil.rmtree(DOWN / "watch")
+            return net(costs[1], costs[0])
+
+        return measure
 
     def other(name: str, *keys: str) -> Callable[[int], Cost]:
         def measure(_round: int) -> Cost:
@@ -181,7 +191,8 @@ def restores(server: Server, file: Path, small: Path) -> dict[str, Callable[[int
         return lambda _round: copied_from(name, server, keys[1], target=target)
 
     clients = {
-        "ckpt-sidecar": ours,
+        OURS: ours(),
+        f"{OURS} {' '.join(FEWER)}": ours(*FEWER),
         **{name: other(name, "floor") for name in floors(server, "get")},
         **{name: other(name, *keys) for name in PEERS},
         **{name: mount(name) for name in usable(server)},
@@ -228,7 +239,7 @@ def compare(clients: dict[str, Callable[[int], Cost]], *, rounds: int, only: Seq
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for a person; ratios are to ours."""
-    ours = next((row for row in rows if row.client == "ckpt-sidecar"), rows[0])
+    ours = next((row for row in rows if row.client == OURS), rows[0])
     lines = [
         "| client | wall s | times ours | CPU s | times ours | peak RSS MiB |",
         "| --- | --- | --- | --- | --- | --- |",

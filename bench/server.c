@@ -1,6 +1,8 @@
 /* An S3 server that is never the bottleneck: large bodies are thrown away by the kernel, and sent by sendfile.
 
-   server PORT CONTENT [CERTIFICATE KEY]      listens on 127.0.0.1, until it is killed
+   server [-l MIB] PORT CONTENT [CERTIFICATE KEY]      listens on 127.0.0.1, until it is killed
+
+   With -l each connection carries so many MiB a second, either way, as those of a store far away do.
 
    Small objects (up to SMALL bytes, or named *.json) are kept and given back as they came, with the conditions
    and the checksums that AWS keeps. Of a large one only the size is kept: asked for, it has the bytes of the file
@@ -43,6 +45,7 @@ enum {
 };
 
 static SSL_CTX *tls;
+static double link_rate; /* bytes a second of each connection; 0: no limit */
 static int content = -1;
 static const char *content_bytes;
 static uint64_t content_size;
@@ -178,8 +181,22 @@ typedef struct {
     SSL *ssl;
     char buffer[HEAD + 1]; /* what was read, and is not used yet: from `at` to `end` */
     size_t at, end;
+    double free_at; /* when the link has carried what it was given, in seconds */
     bool broken;
 } peer;
+
+/* Wait until the link has carried so many bytes more. */
+static void carry(peer *it, uint64_t size) {
+    if (!link_rate) return;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    double seconds = (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+    if (it->free_at < seconds) it->free_at = seconds;
+    it->free_at += (double)size / link_rate;
+    struct timespec then = {.tv_sec = (time_t)it->free_at};
+    then.tv_nsec = (long)((it->free_at - (double)then.tv_sec) * 1e9);
+    clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &then, NULL);
+}
 
 static ssize_t receive(peer *it, char *to, size_t size) {
     ssize_t got;
@@ -199,14 +216,15 @@ static void give(peer *it, const char *data, size_t size) {
 }
 
 static void give_content(peer *it, off_t offset, uint64_t size) {
-    if (it->ssl) {
-        give(it, content_bytes + offset, size);
-        return;
-    }
     while (size && !it->broken) {
-        ssize_t sent = sendfile(it->fd, content, &offset, size);
+        uint64_t most = link_rate && size > CHUNK ? CHUNK : size;
+        ssize_t sent = (ssize_t)most;
+        if (it->ssl) {
+            give(it, content_bytes + offset, most);
+            offset += sent;
+        } else sent = sendfile(it->fd, content, &offset, most);
         if (sent <= 0) it->broken = true;
-        else size -= (uint64_t)sent;
+        else size -= (uint64_t)sent, carry(it, (uint64_t)sent);
     }
 }
 
@@ -226,12 +244,14 @@ static void take(peer *it, char *to, uint64_t size) {
         if (to || it->ssl) {
             got = receive(it, to ? to : waste, now);
         } else { /* the kernel throws it away, without a copy */
-            got = recv(it->fd, NULL, size < 1 << 22 ? (size_t)size : 1 << 22, MSG_TRUNC);
+            uint64_t most = link_rate ? CHUNK : 1 << 22;
+            got = recv(it->fd, NULL, size < most ? (size_t)size : most, MSG_TRUNC);
             if (got <= 0) it->broken = true;
         }
         if (got > 0) {
             size -= (uint64_t)got;
             if (to) to += got;
+            else carry(it, (uint64_t)got);
         }
     }
 }
@@ -835,8 +855,12 @@ static void fail(const char *what) {
 }
 
 int main(int count, char **words) {
+    if (count > 2 && !strcmp(words[1], "-l")) {
+        link_rate = atof(words[2]) * (1 << 20);
+        count -= 2, words += 2;
+    }
     if (count != 3 && count != 5) {
-        fprintf(stderr, "usage: server PORT CONTENT [CERTIFICATE KEY]\n");
+        fprintf(stderr, "usage: server [-l MIB] PORT CONTENT [CERTIFICATE KEY]\n");
         return 2;
     }
     signal(SIGPIPE, SIG_IGN);
@@ -859,6 +883,8 @@ int main(int count, char **words) {
     struct sockaddr_in here = {.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(words[1]))};
     here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    int window = 1 << 20; /* bytes that wait in the kernel are not carried yet */
+    if (link_rate) setsockopt(listener, SOL_SOCKET, SO_RCVBUF, &window, sizeof window);
     if (bind(listener, (struct sockaddr *)&here, sizeof here) || listen(listener, 512)) fail(words[1]);
     socklen_t size = sizeof here;
     getsockname(listener, (struct sockaddr *)&here, &size);

@@ -1,15 +1,16 @@
 """What a trainer feels: a PyTorch loop (loop.py) that saves now and then, and whoever uploads what it saves.
 
     trainer.py [--mib 512] [--rounds 3] [--saves 4] [--every 100] [--threads 2 …] [--only WORD …]
-               [--sidecar=OPTIONS …]
+               [--sidecar=OPTIONS …] [--link MIB]
 
 `--sidecar=OPTIONS` is given once for each way to run the sidecar: --sidecar= --sidecar='--workers 1'.
 
 Trainer, sidecar and server share the machine's cores. Where the trainer computes on all of them (two threads
-on two), nobody can upload without taking something from it; `--threads 1` leaves one free. Local files lie in
-memory (/dev/shm), so that no disk is measured; the trainer keeps two of them and deletes older ones, which is
-part of its save. All ways are run in alternation; every figure is the median of the rounds, and ratios are to
-the run of the same round without any upload.
+on two), nobody can upload without taking something from it; `--threads 1` leaves one free. The store is as
+fast as memory; with `--link` each connection carries so many MiB a second, as to a store that is far away.
+Local files lie in memory (/dev/shm), so that no disk is measured; the trainer keeps two of them and deletes
+older ones, which is part of its save. All ways are run in alternation; every figure is the median of the
+rounds, and ratios are to the run of the same round without any upload.
 
 save blocks     seconds for which a save keeps the loop from its next step (median of the saves)
 durable after   seconds from the beginning of a save until the bucket has it (median of the saves)
@@ -273,6 +274,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=100, help="steps between two saves")
     parser.add_argument("--threads", type=int, nargs="*", default=[2], help="that torch computes with")
     parser.add_argument("--sidecar", action="append", help="its options; for each, one way to run it")
+    parser.add_argument("--link", type=float, default=0, help="MiB a second of each connection; 0: no limit")
     parser.add_argument("--only", nargs="*", default=[], help="ways with one of these words in their names")
     given = parser.parse_args()
     end_on_sigterm()
@@ -283,9 +285,10 @@ def main() -> None:
     try:
         for threads in given.threads:
             what = f"{threads} threads, {given.mib} MiB every {given.every} steps, {given.rounds} rounds"
+            what += f", {given.link:g} MiB/s for each connection" if given.link else ""
             print(what, file=sys.stderr)
             asked = [f"--mib={given.mib}", f"--saves={given.saves}", f"--every={given.every}"]
-            with serving(checkpoint(SMALL), tls=False) as server:
+            with serving(checkpoint(SMALL), tls=False, link=given.link) as server:
                 found = compare(
                     server, [NONE, *others], [*asked, f"--threads={threads}"], rounds=given.rounds
                 )
@@ -293,7 +296,7 @@ def main() -> None:
             results[what] = {name: asdict(each) for name, each in found.items()}
     finally:
         shutil.rmtree(PLACE, ignore_errors=True)
-    (CACHE / "trainer.json").write_text(json.dumps(results, indent=1))
+    (CACHE / ("link.json" if given.link else "trainer.json")).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

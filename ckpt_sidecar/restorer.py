@@ -51,6 +51,8 @@ FETCHES = 3  # a key that is replaced under so many downloads in a row is passed
 OF_THE_NAME = frozenset(
     {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
 )
+MOST_PARTS = 4  # of an object's parts in one request: it costs no memory, and each request 2 ms of CPU
+RANGES = 4  # for each worker at least, so that all are busy to the end
 READ_BYTES = 1024 * 1024  # a local file is verified in pieces of this many bytes
 
 
@@ -252,7 +254,8 @@ class Restorer:
 
     async def _download(self, ref: ObjectRef, name: str, incoming: Incoming) -> str:
         """All bytes of the object into `incoming`, checked as they arrive; return their CRC64NVME."""
-        layout = spans(ref.size, self._part_bytes)
+        parts = ref.size // (RANGES * self._workers * self._part_bytes)
+        layout = spans(ref.size, self._part_bytes * max(1, min(MOST_PARTS, parts)))
         crcs: dict[int, int] = {}
         todo, done = iter(layout), 0
 
