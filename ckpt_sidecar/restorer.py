@@ -51,7 +51,7 @@ FETCHES = 3  # a key that is replaced under so many downloads in a row is passed
 OF_THE_NAME = frozenset(
     {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
 )
-MOST_PARTS = 4  # of an object's parts in one request: it costs no memory, and each request 2 ms of CPU
+MOST_PARTS = 4  # of an object's parts in one request: it costs no memory, a request 1 to 2 ms of CPU
 RANGES = 4  # for each worker at least, so that all are busy to the end
 READ_BYTES = 1024 * 1024  # a local file is verified in pieces of this many bytes
 

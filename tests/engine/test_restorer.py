@@ -183,6 +183,18 @@ async def test_bytes_that_are_damaged_on_their_way_are_fetched_again(rig: Rig) -
     assert rig.fell_back == []
 
 
+@pytest.mark.parametrize(("parts", "requests"), [(3, 3), (8, 8), (16, 8), (64, 16)])
+async def test_a_large_object_takes_few_requests_and_every_worker_several(
+    rig: Rig, parts: int, requests: int
+) -> None:
+    """Each asks for up to four parts, as long as four are left for each of the two workers."""
+    content = (b"weights " * parts)[: parts * PART]
+    await rig.commit(1, content=content)
+    await rig.restore()
+    assert rig.files() == {"1.pt": content}
+    assert len(rig.told.of(Progress)) == requests
+
+
 @pytest.mark.fault("F1")
 async def test_a_missing_object_is_passed_over(rig: Rig) -> None:
     """Somebody deleted it: the next checkpoint is taken."""
