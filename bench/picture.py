@@ -14,7 +14,7 @@ from typing import Any
 
 from lab import CACHE, ROOT
 
-WIDTH, LABELS, BARS, GAP = 840, 150, 270, 75  # pixels; a value stands in the gap, right of its bar
+WIDTH, LABELS, BARS, GAP = 840, 170, 260, 75  # pixels; a value stands in the gap, right of its bar
 LINE, THICK, HEAD = 20, 13, 62  # pixels
 MARGIN = 16  # pixels
 OURS = "ckpt-sidecar"
@@ -43,7 +43,8 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 
 def kind_of(client: str) -> str:
     """How a client is drawn."""
-    return "ours" if client == OURS else client.partition(":")[0] if client.startswith("floor:") else "peer"
+    kinds = {OURS: "ours", "floor:": "floor"}
+    return next((kind for word, kind in kinds.items() if client.startswith(word)), "peer")
 
 
 def text(x: float, y: float, words: str, *, kind: str = "") -> str:
