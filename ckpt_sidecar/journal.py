@@ -169,4 +169,11 @@ def _read_catch(path: Path, found: Recovered, disk: Disk) -> None:
     else:
         status = files[0].stat()
         name = str(files[0].relative_to(path))
-        found.caught.append(Caught(name, (status.st_dev, status.st_ino), str(files[0])))
+        inode = (status.st_dev, status.st_ino)
+        settled = path.with_name(catch_name(inode, name))
+        if path != settled and settled.exists():  # held twice
+            disk.remove_tree(path)
+            return
+        if path != settled:  # mounted anew, a disk may have another number
+            disk.rename(path, settled)
+        found.caught.append(Caught(name, inode, str(settled / name)))

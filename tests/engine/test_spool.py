@@ -463,6 +463,26 @@ def test_a_restart_finds_pins_with_their_journal_and_catches(
     assert again.known.is_known(begun.files[0])
 
 
+@pytest.mark.fault("B3")
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_was_caught_is_pinned_although_the_disk_has_another_number_now(
+    reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path, *, twice: bool
+) -> None:
+    """A volume that is mounted anew: the hold was named after the old number."""
+    file = save(root, "deep/a.pt", b"a")
+    caught = spool.catch("deep/a.pt")
+    assert caught is not None and caught.path is not None
+    (root / "deep" / "a.pt").unlink()
+    folder = Path(caught.path).parents[1]
+    folder.rename(folder.with_name(f"f{folder.name}"))
+    if twice:
+        shutil.copytree(folder.with_name(f"f{folder.name}"), folder, copy_function=os.link)
+    again, _ = reopen()
+    (found,) = again.recover().caught
+    (pinned,), failed = again.pin([(found, file)])
+    assert (content(again, pinned), failed) == (b"a", [])
+
+
 @pytest.mark.fault("A16")
 @pytest.mark.parametrize("first", [True, False])
 def test_a_catch_that_is_left_keeps_its_place_although_the_clock_was_set_back(
