@@ -252,6 +252,22 @@ class Restorer:
             raise Missing(f"the object {listed.key} is gone")
         raise Missing(f"the object {listed.key} was replaced by one that is not ours")
 
+    async def _fetch_range(self, ref: ObjectRef, span: Span, incoming: Incoming) -> int:
+        """A range of the object into `incoming`; part by part where so much does not come through at once."""
+        try:
+            return await self._bucket.get_range(ref, span, incoming)
+        except Unreachable:
+            if span.size <= self._part_bytes:
+                raise
+        parts = spans(span.size, self._part_bytes)
+        crcs = {
+            part.number: await self._bucket.get_range(
+                ref, replace(part, offset=span.offset + part.offset), incoming
+            )
+            for part in parts
+        }
+        return _joined(parts, crcs)
+
     async def _download(self, ref: ObjectRef, name: str, incoming: Incoming) -> str:
         """All bytes of the object into `incoming`, checked as they arrive; return their CRC64NVME."""
         parts = ref.size // (RANGES * self._workers * self._part_bytes)
@@ -262,7 +278,7 @@ class Restorer:
         async def fetcher() -> None:
             nonlocal done
             for span in todo:
-                crcs[span.number] = await self._bucket.get_range(ref, span, incoming)
+                crcs[span.number] = await self._fetch_range(ref, span, incoming)
                 done += span.size
                 self._tell(Progress(name, "down", span.size, done, ref.size))
 

@@ -195,6 +195,15 @@ async def test_a_large_object_takes_few_requests_and_every_worker_several(
     assert len(rig.told.of(Progress)) == requests
 
 
+async def test_what_does_not_come_through_at_once_is_fetched_part_by_part(rig: Rig) -> None:
+    """A proxy that ends each answer after a while lets nothing through that is larger."""
+    content = (b"weights " * 64)[: 64 * PART]
+    await rig.commit(1, content=content)
+    rig.bucket.fail("get_range", Unreachable("cut off"), passing=3)
+    await rig.restore()
+    assert rig.files() == {"1.pt": content}
+
+
 @pytest.mark.fault("F1")
 async def test_a_missing_object_is_passed_over(rig: Rig) -> None:
     """Somebody deleted it: the next checkpoint is taken."""
