@@ -458,8 +458,14 @@ class Node:
             newer = any(self.saves.order[it] > (n or 0) or self.saves.by[it] != self.name for it in others)
             held = sum(each.samefile(file) for each in (self.root / HOME).glob("[cp]*/**/*.pt"))
             held += file.stat().st_ino in self.in_place  # the trainer's own; what was sent is older
+            held += self._has_descriptor_of(file)
             if n is not None and save not in self.saves.durable and not newer and held == 1:
                 self.world.complain(f"{save[0]} is let go, and is not durable")
+
+    def _has_descriptor_of(self, file: Path) -> bool:
+        living = self.living
+        pins = living.spool._pinned_descriptors.values() if living is not None else ()
+        return any(os.path.samestat(os.fstat(each), file.stat()) for each in pins)
 
     def claimed(self, life: Life, event: Claimed) -> None:
         self.judge.claimed(life, event)
