@@ -113,9 +113,8 @@ def rescans(it: Sidecar) -> Row:
     time.sleep(OFTEN)
     began, spent, took, done = metrics_of(it, "rescans_total"), 0.0, [0.0], 0.0
     deadline = time.monotonic() + PATIENCE
-    while (
-        len(took) <= RESCANS or done < 2
-    ) and time.monotonic() < deadline:  # after a long one is a long pause
+    # After a long one comes a long pause.
+    while (len(took) <= RESCANS or done < 2) and time.monotonic() < deadline:
         before = busy(it.process.pid)
         time.sleep(OFTEN + took[-1])
         spent += busy(it.process.pid) - before  # without the scrape

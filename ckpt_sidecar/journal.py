@@ -171,8 +171,9 @@ def _read_catch(path: Path, found: Recovered, disk: Disk) -> None:
         name = str(files[0].relative_to(path))
         inode = (status.st_dev, status.st_ino)
         settled = path.with_name(catch_name(inode, name))
-        if path != settled and settled.exists():  # held twice
-            disk.remove_tree(path)
+        if (
+            path != settled and settled.exists()
+        ):  # its place is taken: nothing is lost, a later start finds it
             return
         if path != settled:  # mounted anew, a disk may have another number
             disk.rename(path, settled)
