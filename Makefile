@@ -16,7 +16,7 @@ SOAK_MINUTES ?= 5
 
 # The real store beside which the clients are measured too: any of tools/with-s3.
 BENCH_STORE ?= rclone
-BENCH_STORE_ARGS ?= --mib 1024 --rounds 3
+BENCH_STORE_ARGS ?= --mib 1024
 
 # How many workers are tried on a link of which each connection carries 80 MiB a second.
 WORKERS := 1 2 4 8

@@ -1,6 +1,6 @@
 """Ours and the peers side by side: the same file, the same server, in alternation. `make bench` runs it.
 
-    run.py [--mib 4096] [--rounds 5] [--only WORD …]
+    run.py [--mib 4096] [--rounds 3] [--only WORD …]
     run.py --endpoint URL …    against a real store, with the credentials of the environment
 
 Every figure is the median of the rounds. CPU is what a client spent itself, its start taken off: the same
@@ -294,7 +294,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mib", type=int, default=4096, help="size of the checkpoint")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", nargs="*", default=["up", "down"])
     parser.add_argument("--schemes", nargs="*", default=["http", "https"])
     parser.add_argument("--endpoint", help=f"a store, where a bucket {BUCKET} is made and deleted")
