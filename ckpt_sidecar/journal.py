@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,7 @@ def read_back(pins: Path, caught: Path, disk: Disk) -> Recovered:
         elif not path.with_suffix("").is_dir():
             found.broken.append((str(path), "has no pin any more: its bytes were removed from this disk"))
             disk.unlink(path)
-    for path in caught.iterdir():
-        _read_catch(path, found, disk)
+    found.caught += _read_catches(caught, disk)
     return found
 
 
@@ -162,19 +162,29 @@ def _read_pin(id_: Id, path: Path, found: Recovered, *, disk: Disk) -> None:
         found.checkpoints.append(checkpoint)
 
 
-def _read_catch(path: Path, found: Recovered, disk: Disk) -> None:
-    files = [file for file in path.rglob("*") if file.is_file()]
-    if path.name.startswith("new-") or len(files) != 1:  # a catch that was cut
-        disk.remove_tree(path)
-    else:
-        status = files[0].stat()
-        name = str(files[0].relative_to(path))
+def _read_catches(home: Path, disk: Disk) -> list[Caught]:
+    """Read what is held. A hold is named after its file, the number of whose disk may be another by now.
+
+    All that are misnamed give their names up before the first of them takes its own: on a copied disk that
+    may be the name of another's hold. Who still finds its name taken is a second link of the same file.
+    """
+    found, moved = {}, []
+    for path in home.iterdir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+        if path.name.startswith("new-") or len(files) != 1:  # a catch that was cut
+            disk.remove_tree(path)
+            continue
+        status, name = files[0].stat(), str(files[0].relative_to(path))
         inode = (status.st_dev, status.st_ino)
-        settled = path.with_name(catch_name(inode, name))
-        if (
-            path != settled and settled.exists()
-        ):  # its place is taken: nothing is lost, a later start finds it
-            return
-        if path != settled:  # mounted anew, a disk may have another number
-            disk.rename(path, settled)
-        found.caught.append(Caught(name, inode, str(settled / name)))
+        settled = home / catch_name(inode, name)
+        found[settled] = Caught(name, inode, str(settled / name))
+        if path != settled:
+            aside = next(free for n in count() if not (free := home / f"moved-{n}").exists())
+            disk.rename(path, aside)
+            moved.append((aside, settled))
+    for aside, settled in moved:
+        if settled.exists():
+            disk.remove_tree(aside)
+        else:
+            disk.rename(aside, settled)
+    return [*found.values()]

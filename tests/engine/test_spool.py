@@ -483,6 +483,22 @@ def test_what_was_caught_is_pinned_although_the_disk_has_another_number_now(
     assert (content(again, pinned), failed) == (b"a", [])
 
 
+@pytest.mark.fault("B3")
+def test_holds_whose_names_are_one_anothers_on_a_copied_disk_are_told_apart(
+    reopen: Callable[[], tuple[Spool, list[str]]], spool: Spool, root: Path
+) -> None:
+    """A copy gives the numbers out anew, perhaps the same ones to other files."""
+    files = {name: save(root, name, name.encode()) for name in ("a.pt", "b.pt")}
+    a, b = (Path(str(caught.path)).parent for name in files if (caught := spool.catch(name)))
+    for source, target in ((a, root / "aside"), (b, a), (root / "aside", b)):
+        source.rename(target)
+    again, _ = reopen()
+    found = again.recover().caught
+    pinned, failed = again.pin([(caught, files[caught.name]) for caught in found])
+    assert failed == []
+    assert {each.name: content(again, each) for each in pinned} == {"a.pt": b"a.pt", "b.pt": b"b.pt"}
+
+
 @pytest.mark.fault("A16")
 @pytest.mark.parametrize("first", [True, False])
 def test_a_catch_that_is_left_keeps_its_place_although_the_clock_was_set_back(
