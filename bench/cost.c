@@ -1,10 +1,13 @@
 /* cost FILE COMMAND…    runs the command, and writes into FILE: wall and CPU seconds, peak resident KiB.
 
-   A small process of its own, because the peak of a forked process is at least that of who has forked it. */
+   A small process of its own, because the peak of a forked process is at least that of who has forked it. The
+   command ends with it. */
 
 #define _GNU_SOURCE
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -21,6 +24,7 @@ int main(int count, char **words) {
     double began = seconds();
     pid_t child = fork();
     if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGTERM);
         execvp(words[2], words + 2);
         perror(words[2]);
         _exit(127);

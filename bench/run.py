@@ -96,7 +96,7 @@ def floors(server: Server, way: str) -> Sequence[str]:
     if isinstance(server, Store):
         return ()
     if way == "get":
-        return ("floor: recv", "floor: recvfile")
+        return ("floor: recv", "floor: recvfile", "floor: recvfile4")
     kernels = () if server.url.startswith("https:") else ("floor: sendfile",)
     return ("floor: sendall", "floor: readsend", *kernels)
 
