@@ -1,6 +1,6 @@
 """How the cost grows: with the files in the watch dir, the objects in the bucket, the history, a long life.
 
-growth.py [--most 50000] [--sent 10000] [--history 10000] [--life 10000] [--only others,known,…]
+growth.py [--most 50000] [--sent 10000] [--history 10000] [--life 20000] [--only others,known,…]
 
 Each part has a table, whose last line is the growth exponent between its last two rows: 0 is constant, 1 is
 in proportion, 2 would be quadratic.
@@ -44,8 +44,8 @@ def main() -> None:
     )
     parser.add_argument("--most", type=int, default=50_000, help="files in the watch dir")
     parser.add_argument("--sent", type=int, default=10_000, help="checkpoints that are sent, and objects")
-    parser.add_argument("--life", type=int, default=10_000, help="saves in one life")
-    parser.add_argument("--block", type=int, default=1_000, help="saves of a life between two looks")
+    parser.add_argument("--life", type=int, default=20_000, help="saves in one life")
+    parser.add_argument("--block", type=int, default=2_000, help="saves of a life between two looks")
     parser.add_argument("--history", type=int, default=10_000, help="entries of latest.json")
     parser.add_argument("--only", default=",".join(PARTS))
     given = parser.parse_args()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class Sidecar:
     began: float
     _read: int = 0
     _events: list[dict[str, Any]] = field(default_factory=list)
+    _counts: Counter[str] = field(default_factory=Counter)
 
     def events(self) -> list[dict[str, Any]]:
         """All that it has logged so far."""
@@ -42,12 +44,18 @@ class Sidecar:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
-        self._events += [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+        new = [json.loads(line) for line in whole.splitlines() if line.startswith(b"{")]
+        self._events += new
+        self._counts.update(each["event"] for each in new)
         return self._events
+
+    def _count(self, event: str) -> int:
+        self.events()
+        return self._counts[event]
 
     def until(self, event: str, n: int = 1) -> float:
         """Wait for the n-th such event; return how long after the start it was seen."""
-        while sum(each["event"] == event for each in self.events()) < n:
+        while self._count(event) < n:
             if self.process.poll() is not None or time.monotonic() - self.began > SECONDS:
                 raise RuntimeError(f"no {event}:\n{self.log.read_text()[-2000:]}")
             time.sleep(POLL)
