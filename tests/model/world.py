@@ -191,7 +191,7 @@ class Store:
 
     def _fault(self, verb: str) -> str:
         for fault in self.faults:
-            if fault.left and fault.verb in ("", verb):
+            if fault.left and (fault.verb == verb or (not fault.verb and verb != "flip")):
                 fault.left -= 1
                 return fault.kind
         return ""
