@@ -120,6 +120,8 @@ def rescans(it: Sidecar) -> Row:
         spent += busy(it.process.pid) - before  # without the scrape
         took.append(metrics_of(it, "rescan_duration_seconds"))
         done = metrics_of(it, "rescans_total") - began
+    if not done:
+        raise RuntimeError(f"no rescan in {PATIENCE:.0f} s: is the machine busy?")
     each = spent / done
     return {
         "rescan ms": 1000 * statistics.median(took[1:]),

@@ -184,14 +184,14 @@ class Store:
 
     def send(self, verb: str, call: Callable[[], Awaitable[Any]], sender: Process) -> Request:
         """Send a request."""
-        request = Request(verb, sender, sender.loop.create_future(), self._fault(verb))
+        request = Request(verb, sender, sender.loop.create_future(), self._fault("", verb))
         self.under_way.append(request)
         self.loop.create_task(self._serve(request, call))
         return request
 
-    def _fault(self, verb: str) -> str:
+    def _fault(self, *verbs: str) -> str:
         for fault in self.faults:
-            if fault.left and (fault.verb == verb or (not fault.verb and verb != "flip")):
+            if fault.left and fault.verb in verbs:
                 fault.left -= 1
                 return fault.kind
         return ""
